@@ -1,0 +1,205 @@
+"""The closed list of composites: what a fused operator is, as frozen values.
+
+A composite is a call to a private Relax function that carries two attributes:
+
+    tw.composite   its name, a key of `SPECS`
+    tw.spec        the spec below as JSON
+
+and a reference body made from the spec alone, so that the IR runs at every stage and every kernel has something to be
+checked against. Shapes are written with n or t (tokens), H (query heads), G (KV heads), D (head size), r (wanted rows).
+
+| composite | arguments | result | stage |
+|---|---|---|---|
+| attention | q[n,H,D] k[n,G,D] v[n,G,D] | [n,H,D] | fused |
+| rope | x[n,h,D] cos[n,D/2] sin[n,D/2] | [n,h,D] | fused, served |
+| rms_norm | x[...,K] weight[K] | [...,K] | fused, served |
+| gated | x[n,2I] = gate, up side by side | [n,I] | fused, served |
+| linear | x[n,K] weight[N,K] (bias[N]) | [n,N] | fused, served |
+| embedding | table[V,K] tokens[n] | [n,K] | fused, served |
+| kv_append | pages k[t,G,D] v[t,G,D] slots[t] layer | pages | served |
+| paged_attention | q[t,H,D] pages positions[t] indptr[b+1] page_indptr[b+1] page_indices[p] kv_len[b] layer | [t,H,D] | served |
+| qkv_append | qkv[t,(H+2G)D] cos sin (q_norm[D] k_norm[D]) pages slots layer | (q[t,H,D], pages) | served |
+| sample | logits[r,V] and the sampling arrays of `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """softmax(scale * q k^T + mask) v. `window`: a query at i sees keys j with i - window < j <= i."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotation of the pairs (i, i + D/2) ("half"): [a*cos - b*sin, b*cos + a*sin]. Su et al. 2021."""
+
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """x * rsqrt(mean(x^2, -1) + eps) * weight. Zhang and Sennrich 2019."""
+
+    features: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class GatedSpec:
+    """activation(x[:, :I]) * x[:, I:] with I = features. Shazeer 2020."""
+
+    features: int
+    activation: str  # "silu" | "gelu_tanh"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """y = prologue(x) @ weight.T (+ bias) (+ residual).
+
+    `weight_format` names the layout of the weight parameter: a dtype ("f32", "f16", "bf16") or a block format ("q4_0",
+    "q4_1", "q8_0"). Up to quantize_weights it is always "f32" with a plain [N, K] tensor; after it, a packed one
+    (models/quant). With a prologue x is the prologue's input and the norm's weight follows `weight` in the arguments:
+    x, weight, [norm_weight], [bias], [residual[n,N]].
+    """
+
+    out_features: int
+    in_features: int
+    weight_format: str = "f32"
+    bias: bool = False
+    norm: NormSpec | None = None
+    gated: GatedSpec | None = None
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """table[tokens] * scale."""
+
+    vocab: int
+    features: int
+    weight_format: str = "f32"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """pages[layer, page, 2, kv_head, page_size * head_dim]: one tensor for all layers, K at index 0, V at 1.
+
+    Inside a page and head, V is [slot, dim]; K is [dim, slot] where `k_transposed` (CPU: a vector of 16 slots a load)
+    and [slot, dim] elsewhere.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str = "float32"
+    k_transposed: bool = True
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """pages[layer, slots[t] // page_size, :, :, slots[t] % page_size] = k[t], v[t]; a slot below 0 is skipped."""
+
+    kv: KVFormat
+
+
+@dataclass(frozen=True)
+class PagedAttentionSpec:
+    """Ragged attention of t query tokens in b sequences over the pages of each; query i sees keys 0..positions[i]."""
+
+    attention: AttentionSpec
+    kv: KVFormat
+
+
+@dataclass(frozen=True)
+class QKVAppendSpec:
+    """Split a joint projection, normalise q and k per head if `norm`, rotate both, append k and v, return q."""
+
+    heads: int
+    kv: KVFormat
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Penalties, bias, temperature, top-k, top-p, min-p, draw; see passes/lower_sampling.py for the exact order."""
+
+    vocab: int
+    top_logprobs: int = 20
+
+
+# The sampler's inputs after the logits, in order: name -> (symbolic shape, dtype). r rows; CSR lists have their own size.
+SAMPLING_INPUTS: dict[str, tuple[str, str]] = {
+    "temperature": ("r", "float32"),  # 0: greedy
+    "top_k": ("r", "int32"),  # 0: off
+    "top_p": ("r", "float32"),  # 1: off
+    "min_p": ("r", "float32"),  # 0: off
+    "repetition_penalty": ("r", "float32"),  # 1: off
+    "presence_penalty": ("r", "float32"),
+    "frequency_penalty": ("r", "float32"),
+    "seeds": ("r", "int64"),
+    "draws": ("r", "int32"),  # how many tokens this request has drawn before: the counter of the random stream
+    "penalty_indptr": ("r+1", "int32"),
+    "penalty_tokens": ("c", "int32"),  # every distinct token of prompt and output
+    "penalty_counts": ("c", "int32"),  # how often it stands in the output (0: only in the prompt)
+    "bias_indptr": ("r+1", "int32"),
+    "bias_tokens": ("e", "int32"),
+    "bias_values": ("e", "float32"),  # -inf bans a token
+}
+
+# The step's inputs before the sampler's: name -> (symbolic shape, dtype). t tokens, b sequences, p page entries.
+STEP_INPUTS: dict[str, tuple[str, str]] = {
+    "tokens": ("t", "int32"),
+    "positions": ("t", "int32"),
+    "slots": ("t", "int32"),  # page * page_size + offset for each new token
+    "indptr": ("b+1", "int32"),  # tokens of sequence i: indptr[i]..indptr[i+1]
+    "page_indptr": ("b+1", "int32"),
+    "page_indices": ("p", "int32"),  # p >= page_indptr[b]
+    "kv_len": ("b", "int32"),  # tokens in the cache of each sequence after this step's append
+    "rows": ("r", "int32"),  # which of the t tokens want logits; a row may be named more than once
+}
+
+SPECS: dict[str, type] = {
+    "attention": AttentionSpec,
+    "rope": RopeSpec,
+    "rms_norm": NormSpec,
+    "gated": GatedSpec,
+    "linear": LinearSpec,
+    "embedding": EmbeddingSpec,
+    "kv_append": AppendSpec,
+    "paged_attention": PagedAttentionSpec,
+    "qkv_append": QKVAppendSpec,
+    "sample": SampleSpec,
+}
+
+_NESTED: dict[str, type] = {"norm": NormSpec, "gated": GatedSpec, "kv": KVFormat, "attention": AttentionSpec}
+
+
+def dump_spec(spec: Any) -> str:
+    """The spec as JSON with sorted keys: equal specs give equal text."""
+    return json.dumps(dataclasses.asdict(spec), sort_keys=True)
+
+
+def load_spec(composite: str, text: str) -> Any:
+    """The frozen spec back from `dump_spec`'s text."""
+    return _build(SPECS[composite], json.loads(str(text)))
+
+
+def _build(cls: type, fields: dict[str, Any]) -> Any:
+    nested = {k: _build(_NESTED[k], v) if isinstance(v, dict) else v for k, v in fields.items()}
+    return cls(**nested)

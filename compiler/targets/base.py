@@ -1,0 +1,29 @@
+"""A target: one frozen record that says all the compiler may know about a machine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One machine to compile for. No target's name is compared anywhere: code asks for features.
+
+    kind: "cpu" or "cuda". arch: "x86_64", "aarch64", "sm_90a" ... features: what the kernels may use and load checks
+    for, of "avx2", "f16c", "fma", "avx512", "avx512vnni", "amx_int8" on x86-64. llvm: the LLVM settings of TVM's target.
+    bandwidth_gbs, matrix_tops: measured ceilings, None where not measured.
+    """
+
+    name: str
+    kind: str
+    arch: str
+    features: tuple[str, ...] = ()
+    mcpu: str = ""
+    mattr: tuple[str, ...] = ()
+    bandwidth_gbs: float | None = None
+    matrix_tops: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cpu", "cuda"):
+            raise ValueError(f"target kind {self.kind!r} is neither cpu nor cuda")
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features

@@ -1,0 +1,93 @@
+"""What a schedule is: it matches a composite call, spans a space of tiles, states its floor, and makes kernels.
+
+    match(call, target) -> Facts | Reject      does it fit? A rejection's reason reaches the user when nothing matches
+    space(facts, target) -> tiles              the candidates, best guess first; each tile checks itself
+    floor(facts, target) -> Floor              bytes and operations no implementation can do without
+    apply(facts, tile) -> Lowering             the kernels, and how they are called
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.compiler.targets.base import Target
+
+
+@dataclass(frozen=True)
+class Call:
+    """A composite call as schedules see it. m: the leading (token or row) extent where it is static, else None;
+    m_max: its upper bound. Both count rows of the first tensor argument that carries tokens."""
+
+    composite: str
+    spec: Any
+    m: int | None
+    m_max: int
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Why a schedule does not fit."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least traffic and work of one call with m rows: weights and constants once, plus a part per row."""
+
+    bytes_fixed: int
+    bytes_per_row: int = 0
+    flops_per_row: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a kernel writes. A dimension is a number or "m", the call's leading extent."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One kernel launch: `func` takes the inputs, then the outputs, in order.
+
+    An input is the index of an argument of the composite call, or the name of an output of an earlier kernel of the
+    same lowering. A kernel may write into an argument only where the composite says so (pages).
+    """
+
+    func: Any  # tvm.tirx.PrimFunc
+    inputs: tuple[int | str, ...]
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Kernels in order, and what the call returns: names of outputs, or the index of an argument updated in place."""
+
+    kernels: tuple[KernelCall, ...]
+    results: tuple[int | str, ...]
+
+
+class Schedule(ABC):
+    """One way to run one composite on one kind of target. Subclasses are stateless; `name` is also the file's name."""
+
+    name: str
+    composite: str
+    kind: str  # the target kind it is for
+
+    @abstractmethod
+    def match(self, call: Call, target: Target) -> Any:
+        """A frozen Facts value, or a Reject."""
+
+    @abstractmethod
+    def space(self, facts: Any, target: Target) -> Sequence[Any]:
+        """Valid tiles, the default first. Never empty."""
+
+    @abstractmethod
+    def floor(self, facts: Any, target: Target) -> Floor: ...
+
+    @abstractmethod
+    def apply(self, facts: Any, tile: Any, target: Target) -> Lowering: ...

@@ -1,0 +1,1 @@
+"""Tilewright: an LLM inference stack that is a compiler."""
