@@ -35,11 +35,11 @@ def find_target(name: str) -> Target:
 
 
 def resolve_target(name: str = "auto") -> Target:
-    """The target to compile for. As `find_target`, but TargetError too where there is no code generator for its kind."""
+    """As `find_target`, for compiling: TargetError too where there is no code generator for the record's kind."""
     target = find_target(name)
     if target.kind not in COMPILED_KINDS:
         raise TargetError(
-            f"compiling for {target.name} is not possible yet: there is no {target.kind.upper()} code generator in this "
-            "version; use a CPU target such as cpu"
+            f"compiling for {target.name} is not possible yet: this version has no {target.kind.upper()} code generator; "
+            "use a CPU target such as cpu"
         )
     return target

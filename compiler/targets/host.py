@@ -1,6 +1,6 @@
 """What this machine's processor can do, read without the compiler: the serving path asks too.
 
-Feature names are those of `Target.features`. A feature stands for everything LLVM emits under the matching attribute, so
+Feature names are those of `Target.features`. A feature stands for all that LLVM emits under the matching attribute, so
 "avx2" means the whole x86-64-v3 level and "avx512" the whole x86-64-v4 level.
 """
 
