@@ -31,8 +31,8 @@ _MAX_THREADS = 1024
 def check() -> None:
     """Raises UserError for a value out of range, and for a TILEWRIGHT_ variable that does not exist."""
     for name in sorted(n for n in os.environ if n.startswith(PREFIX) and n not in NAMES):
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(NAMES)}"
+        near = get_close_matches(name.removeprefix(PREFIX), [n.removeprefix(PREFIX) for n in NAMES], n=1)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(NAMES)}"
         raise UserError(f"unknown environment variable {name}; {hint}")
     cache_dir()
     threads()

@@ -39,7 +39,7 @@ def resolve_target(name: str = "auto") -> Target:
     target = find_target(name)
     if target.kind not in COMPILED_KINDS:
         raise TargetError(
-            f"compiling for {target.name} is not possible yet: this version has no {target.kind.upper()} code generator; "
-            "use a CPU target such as cpu"
+            f"compiling for {target.name} is not possible yet: this version has no {target.kind.upper()} code generator;"
+            " use a CPU target such as cpu"
         )
     return target
