@@ -237,6 +237,11 @@ def weight_params(func: relax.Function) -> list[Any]:
     return list(func.params)[input_count(func) :]
 
 
+def refusals(func: relax.Function) -> dict[str, str]:
+    """Why a pass did not fuse what looked like its pattern: binding -> reason, in the attribute `tw.refused`."""
+    return json.loads(str(func.attrs.get("tw.refused", "{}")))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rebuilding
 
