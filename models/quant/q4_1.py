@@ -1,6 +1,7 @@
 """q4_1: w = q d + m, 4 bits, a float16 scale and minimum a block of 32.
 
-Packed as uint8[P, KB, 320]: nibbles, scales, minima. A raw block is 20 bytes: float16 d, float16 m, 16 bytes of nibbles (ggml's layout).
+Packed as uint8[P, KB, 320]: nibbles, scales, minima.
+A raw block is 20 bytes: float16 d, float16 m, 16 bytes of nibbles (ggml's layout).
 """
 
 import numpy as np

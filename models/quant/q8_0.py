@@ -1,6 +1,7 @@
 """q8_0: w = q d, int8 and a float16 scale a block of 32.
 
-Packed as uint8[P, KB, 544]: 8 vectors of 64 int8, then scales. A raw block is 34 bytes: float16 d, 32 int8 (ggml's layout).
+Packed as uint8[P, KB, 544]: 8 vectors of 64 int8, then scales.
+A raw block is 34 bytes: float16 d, 32 int8 (ggml's layout).
 """
 
 import numpy as np

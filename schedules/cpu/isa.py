@@ -48,6 +48,14 @@ def rows_symbol(name: str = "m") -> Expr:
     return tirx.Var(name, "int64")
 
 
+def flat(buffer: Buffer) -> Buffer:
+    """The same elements addressed as one row. Only after the last `argument`."""
+    size = buffer.shape[0]
+    for extent in buffer.shape[1:]:
+        size = size * extent
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
+
+
 def registers(count: int = LANES, dtype: str = "float32") -> Buffer:
     """A small array that LLVM keeps in registers when every index is constant.
 
