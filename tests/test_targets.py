@@ -20,8 +20,8 @@ def machine(monkeypatch):
     """Makes this machine another one: machine(arch, features)."""
 
     def become(arch: str, features: tuple[str, ...]) -> None:
-        monkeypatch.setattr(host, "arch", lambda: arch)
-        monkeypatch.setattr(host, "features", lambda: features)
+        monkeypatch.setattr(host, "host_arch", lambda: arch)
+        monkeypatch.setattr(host, "host_features", lambda: features)
 
     return become
 
@@ -46,15 +46,15 @@ def test_features_of_flags(flags, expected):
 
 @pytest.mark.parametrize("granted", [True, False])
 def test_amx_needs_the_kernels_permission(monkeypatch, granted):
-    monkeypatch.setattr(host, "arch", lambda: "x86_64")
+    monkeypatch.setattr(host, "host_arch", lambda: "x86_64")
     monkeypatch.setattr(host, "_flags", lambda: SAPPHIRE_RAPIDS)
     monkeypatch.setattr(host, "_grant_amx", lambda: granted)
-    assert ("amx_int8" in host.features.__wrapped__()) is granted
+    assert ("amx_int8" in host.host_features.__wrapped__()) is granted
 
 
 def test_other_architectures_have_no_x86_features(monkeypatch):
-    monkeypatch.setattr(host, "arch", lambda: "aarch64")
-    assert host.features.__wrapped__() == ()
+    monkeypatch.setattr(host, "host_arch", lambda: "aarch64")
+    assert host.host_features.__wrapped__() == ()
 
 
 def test_cpuinfo_is_read(monkeypatch, tmp_path):
@@ -70,7 +70,7 @@ def test_cpuinfo_is_read(monkeypatch, tmp_path):
 
 def test_this_machine_resolves():
     target = targets.resolve_target("cpu")
-    assert (target.name, target.kind, target.arch) == ("cpu", "cpu", host.arch())
+    assert (target.name, target.kind, target.arch) == ("cpu", "cpu", host.host_arch())
     assert host.missing(target.features) == ()
     assert host.cores() >= 1
     assert (host.memory_bytes() or 1) > 0
@@ -123,7 +123,7 @@ def test_a_target_of_no_kind_is_refused():
 @pytest.mark.parametrize("name", ["nvidia-h100", "nvidia-h200"])
 def test_gpu_records_stand_but_are_not_compiled_for(name):
     assert targets.find_target(name).arch == "sm_90a"
-    with pytest.raises(TargetError, match=f"compiling for {name} is not possible yet.*use a CPU target"):
+    with pytest.raises(TargetError, match=f"compiling for {name} is not possible: .*use a CPU target"):
         targets.resolve_target(name)
 
 
@@ -172,3 +172,23 @@ def test_processors_that_are_too_old_or_unknown(machine):
     machine("riscv64", ())
     with pytest.raises(TargetError, match="architecture riscv64 is not supported"):
         targets.resolve_target("cpu")
+
+
+def test_another_architecture_is_not_linked_for_here(machine):
+    machine("x86_64", ("avx2", "f16c", "fma"))
+    with pytest.raises(TargetError, match="cpu-aarch64 is not possible: linking for aarch64 needs a machine of that"):
+        targets.resolve_target("cpu-aarch64")
+
+
+def test_what_runs_here(machine):
+    machine("x86_64", ("avx2", "f16c", "fma", "avx512"))
+    obstacles = {name: targets.run_obstacle(record) for name, record in targets.RECORDS.items()}
+    assert obstacles == {
+        "cpu-x86-64-v3": None,
+        "cpu-x86-64-v4": None,
+        "cpu-x86-64-v4-vnni": "this processor lacks avx512vnni",
+        "cpu-x86-64-v4-vnni-amx": "this processor lacks avx512vnni, amx_int8",
+        "cpu-aarch64": "this machine is x86_64",
+        "nvidia-h100": "this version has no CUDA runtime",
+        "nvidia-h200": "this version has no CUDA runtime",
+    }

@@ -6,16 +6,13 @@ A new target is one frozen record in cpu.py or cuda.py. No other code compares n
 from difflib import get_close_matches
 
 from tilewright.compiler.errors import TargetError
-from tilewright.compiler.targets import cpu, cuda
+from tilewright.compiler.targets import cpu, cuda, host
 from tilewright.compiler.targets.base import Target
 
 RECORDS: dict[str, Target] = {record.name: record for record in (*cpu.RECORDS, *cuda.RECORDS)}
 
 # Names that stand for the machine at hand.
 _HERE = {"cpu": cpu.this_machine, "cuda": cuda.this_machine}
-
-# Kinds with a code generator; a record of another kind can be named but not compiled for.
-COMPILED_KINDS = ("cpu",)
 
 
 def find_target(name: str) -> Target:
@@ -35,11 +32,28 @@ def find_target(name: str) -> Target:
 
 
 def resolve_target(name: str = "auto") -> Target:
-    """As `find_target`, for compiling: TargetError too where there is no code generator for the record's kind."""
+    """As `find_target`, for compiling: TargetError too where no code for the record can be generated here."""
     target = find_target(name)
-    if target.kind not in COMPILED_KINDS:
-        raise TargetError(
-            f"compiling for {target.name} is not possible yet: this version has no {target.kind.upper()} code generator;"
-            " use a CPU target such as cpu"
-        )
+    obstacle = compile_obstacle(target)
+    if obstacle:
+        raise TargetError(f"compiling for {target.name} is not possible: {obstacle}")
     return target
+
+
+def compile_obstacle(target: Target) -> str | None:
+    """Why no code for `target` can be generated here, and what to do; None where it can."""
+    if target.kind != "cpu":
+        return f"this version has no {target.kind.upper()} code generator; use a CPU target such as cpu"
+    if target.arch != host.host_arch():
+        return f"linking for {target.arch} needs a machine of that architecture, this one is {host.host_arch()}"
+    return None
+
+
+def run_obstacle(target: Target) -> str | None:
+    """Why an artifact for `target` would be refused here; None where it would run."""
+    if target.kind != "cpu":
+        return f"this version has no {target.kind.upper()} runtime"
+    if target.arch != host.host_arch():
+        return f"this machine is {host.host_arch()}"
+    absent = host.missing(target.features)
+    return f"this processor lacks {', '.join(absent)}" if absent else None

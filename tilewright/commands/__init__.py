@@ -1,0 +1,16 @@
+"""One file a command. Each imports what it needs when it runs, so that `--help` and `doctor` stay quick."""
+
+import typer
+
+from tilewright.commands import bench, chat, compile, doctor, generate, inspect, verify
+
+
+def register(app: typer.Typer) -> None:
+    """Adds every command, in the order of the help."""
+    app.command("compile")(compile.command)
+    app.command("generate")(generate.command)
+    app.command("chat")(chat.command)
+    app.command("inspect")(inspect.command)
+    app.command("verify")(verify.command)
+    app.command("bench")(bench.command)
+    app.command("doctor")(doctor.command)

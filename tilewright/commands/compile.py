@@ -1,0 +1,52 @@
+"""`tilewright compile`: a model in, an artifact out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tilewright import console
+
+MODEL_HELP = "An alias such as smollm2-135m, a Hugging Face directory, a .gguf file, or a hub id org/name."
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    target: Annotated[
+        str, typer.Option(help="What to compile for: cpu, cuda, or a named machine. auto: what this machine has.")
+    ] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="NAME.tw", help="Where to; the model's name by default.")
+    ] = None,
+    weights: Annotated[str, typer.Option(metavar="auto|random:SEED", help="The model's own, or random.")] = "auto",
+    quant: Annotated[
+        str, typer.Option(metavar="auto|none|FORMAT", help="auto keeps the source's format; none computes in float32.")
+    ] = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the KV cache.")] = 16,
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
+    ] = None,
+) -> None:
+    """Compile MODEL into one sealed artifact."""
+    import tilewright
+    from tilewright.progress_display import compile_progress
+    from tilewright.summary import show_summary
+
+    with compile_progress() as report:
+        artifact = tilewright.compile(
+            model,
+            target=target,
+            output=output,
+            weights=weights,
+            quant=quant,
+            max_batch=max_batch,
+            max_tokens=max_tokens,
+            page_size=page_size,
+            dump=dump,
+            progress=report,
+        )
+    show_summary(artifact)
+    for warning in artifact.manifest.warnings:
+        console.warn(warning)

@@ -1,0 +1,139 @@
+"""What `doctor` finds out: the machine, what it can compile for and run, and what is missing."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from tilewright import console
+from tilewright.compiler import env
+from tilewright.compiler.errors import TargetError
+from tilewright.compiler.targets import RECORDS, compile_obstacle, cpu, cuda, host, run_obstacle
+
+# Looked for by the linker (compiler/codegen/program.py), in this order.
+C_COMPILERS = ("cc", "gcc", "clang")
+
+# Checks that compile, but not serving, depends on.
+_C_COMPILER = "C compiler"
+_COMPILING = (_C_COMPILER, "apache-tvm")
+
+# What a feature beyond the least level is good for.
+_GAINS = {
+    "avx512": "wider vectors",
+    "avx512vnni": "int8 dot products",
+    "amx_int8": "matrix tiles, for long prompts",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something tilewright needs or can use. `remedy` is empty where nothing is to be done."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether this machine can compile for a target and run what was compiled for it; an empty reason is a yes."""
+
+    target: str
+    compile_obstacle: str
+    run_obstacle: str
+
+
+def machine(measure: bool = False) -> dict[str, str]:
+    """What is here, by name. `measure` takes a few seconds to time the memory."""
+    memory = host.memory_bytes()
+    facts = {
+        "processor": host.processor(),
+        "architecture": host.host_arch(),
+        "features": ", ".join(host.host_features()) or "none that kernels use",
+        "cores": str(host.cores()),
+        "memory": console.size(memory) if memory else "unknown",
+        "GPU": _gpus(),
+    }
+    if measure:
+        from tilewright.measure import read_bandwidth_gbs
+
+        facts["memory bandwidth"] = f"{read_bandwidth_gbs(host.cores()):.1f} GB/s read by {host.cores()} threads"
+    return facts
+
+
+def abilities() -> list[Ability]:
+    """One line for `cpu`, which is this machine, and one for every named target."""
+    missing = [check.name for check in checks() if not check.ok and check.name in _COMPILING]
+    tools = f"missing: {', '.join(missing)}" if missing else ""
+    found = [
+        Ability(name, compile_obstacle(target) or tools, run_obstacle(target) or "") for name, target in RECORDS.items()
+    ]
+    try:
+        cpu.this_machine()
+    except TargetError as error:
+        return [Ability("cpu", str(error), str(error)), *found]
+    return [Ability("cpu", tools, ""), *found]
+
+
+def checks() -> list[Check]:
+    """Everything needed or of use, present or not."""
+    return [_python(), _c_compiler(), *_packages(), *_features(), _cache(), _gpu_driver()]
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("Python", sys.version_info >= (3, 10), version, "install Python 3.10 or newer")
+
+
+def _c_compiler() -> Check:
+    path = next((found for name in C_COMPILERS if (found := shutil.which(name))), None)
+    return Check(_C_COMPILER, path is not None, path or "none", "install gcc or clang: compile links with it")
+
+
+def _packages() -> Iterator[Check]:
+    """The distribution's own requirements, and whether what is installed is what they pin."""
+    for requirement in metadata.requires("tilewright") or ():
+        if "extra ==" in requirement:
+            continue
+        name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]
+        pinned = re.search(r"==\s*([\w.+-]+)", requirement)
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name, False, "not installed", f"pip install '{requirement}'")
+            continue
+        wrong = pinned is not None and found != pinned[1]
+        yield Check(name, not wrong, found, f"pip install '{requirement}'")
+
+
+def _features() -> Iterator[Check]:
+    if host.host_arch() != "x86_64":
+        return
+    here = host.host_features()
+    for name in host.X86_FEATURES:
+        gain = _GAINS.get(name)
+        remedy = f"optional: {gain}" if gain else "needed: any x86-64-v3 processor has it"
+        yield Check(f"processor: {name}", name in here, "yes" if name in here else "no", remedy)
+
+
+def _cache() -> Check:
+    folder = env.cache_dir()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    return Check("cache directory", writable, str(folder), f"not writable: set {env.CACHE_DIR} to a directory that is")
+
+
+def _gpu_driver() -> Check:
+    driver = cuda.find_driver()
+    found = "CUDA {}.{}".format(*driver.version) if driver else "none"
+    return Check("NVIDIA driver", driver is not None, found, "optional: no GPU target can run without it")
+
+
+def _gpus() -> str:
+    driver = cuda.find_driver()
+    names = [f"{d.name} (sm_{d.capability[0]}{d.capability[1]})" for d in driver.devices] if driver else []
+    return ", ".join(names) or "none"
