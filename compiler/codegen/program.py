@@ -1,0 +1,104 @@
+"""The step's program: Relax to VM code, linked with the kernels into one shared library."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.compiler.codegen.llvm_target import llvm_target
+from tilewright.compiler.errors import TargetError
+from tilewright.compiler.targets.base import Target
+
+
+def build_program(mod: Any, target: Target) -> tuple[Any, Mapping[str, int]]:
+    """A Relax VM executable of a scheduled module without its kernels, and each function's planned workspace in bytes.
+
+    What no schedule took is lowered by TVM. Weights become one tuple argument, so that a call passes a handful of
+    values, whatever the number of layers.
+    """
+    import tvm
+
+    machine = llvm_target(target)
+    with machine:
+        lowered = tvm.transform.Sequential(_lowering())(mod)
+        planned = tvm.transform.Sequential(_finalising())(lowered)
+    executable = tvm.compile(planned, machine, relax_pipeline=tvm.transform.Sequential([]))
+    return executable, _workspace(planned)
+
+
+def _lowering() -> list[Any]:
+    from tvm.relax import transform
+
+    return [
+        transform.BundleModelParams("weights"),
+        transform.LegalizeOps(),
+        transform.AnnotateTIROpPattern(),
+        transform.FoldConstant(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        transform.DeadCodeElimination(),
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+    ]
+
+
+def _finalising() -> list[Any]:
+    from tvm.relax import transform
+
+    return [
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
+    ]
+
+
+def _workspace(mod: Any) -> dict[str, int]:
+    """Bytes of planned storage by function; what is sized by the request alone (a step's results) is not planned."""
+    from tvm import ir, relax
+
+    totals: dict[str, int] = {}
+
+    for gvar, func in mod.functions.items():
+        if not isinstance(func, relax.Function):
+            continue
+        sizes: list[int] = []
+
+        def visit(expr: Any, sizes: list[int] = sizes) -> None:
+            if isinstance(expr, ir.Call) and getattr(expr.op, "name", "") == "relax.vm.alloc_storage":
+                shape = expr.args[0]
+                if isinstance(shape, relax.ShapeExpr) and all(hasattr(v, "value") for v in shape.values):
+                    sizes.append(int(shape.values[0].value))
+
+        relax.analysis.post_order_visit(func.body, visit)
+        totals[gvar.name_hint] = sum(sizes)
+    return totals
+
+
+def c_compiler() -> str:
+    """The C compiler that links. Raises TargetError where there is none."""
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return name
+    raise TargetError("no C compiler (cc, gcc or clang) is on PATH to link the model with; install one")
+
+
+def link(executable: Any, kernels: Iterable[Path], library: Path) -> None:
+    """One shared library of program and kernels. Symbols are stripped, so that equal input gives equal bytes."""
+    compiler = c_compiler()
+    extra = sorted(str(k) for k in kernels)
+
+    def run(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+        command = [compiler, "-shared", "-fPIC", "-Wl,-s", "-Wl,--build-id=none", "-o", output, *objects, *extra, "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise TargetError(f"{compiler} could not link the model: {result.stderr.strip().splitlines()[-1]}")
+
+    run.object_format = "o"  # type: ignore[attr-defined]
+    executable.export_library(str(library), fcompile=run)

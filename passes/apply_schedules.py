@@ -1,0 +1,130 @@
+"""Every composite call becomes kernel calls: the first schedule in the order that matches, with the best known tile."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import ir, relax
+
+from tilewright.compiler.composites import load_spec
+from tilewright.compiler.pass_base import Pass
+
+logger = logging.getLogger(__name__)
+
+# The argument whose leading extent counts a call's rows, where it is not the first.
+_ROWS_ARGUMENT = {"embedding": 1, "kv_append": 1}
+
+
+@dataclass(frozen=True)
+class ApplySchedules(Pass):
+    """Lower composites to kernels.
+
+    before   y = linear0(x, w)                                   # private function with tw.composite, tw.spec
+    after    y = R.call_dps_packed("linear_q4_gemv_1f0c…", (x, w), out_ty=R.Tensor((1, N), "float32"))
+             @T.prim_func linear_q4_gemv_1f0c…                   # attributes tw.kernel = {schedule, tile, floor, …}
+
+    A kernel is named after its content, so equal calls share one and a cache can key on the name. Kernels stay in the
+    module until code generation takes them out. `choose(composite, spec, m, m_max)` picks schedule and tile
+    (schedules/order.py).
+    """
+
+    choose: Callable[[str, Any, int | None, int], Any]
+
+    def run(self, mod: tvm.IRModule) -> tvm.IRModule:
+        lowering = _Lowerer(self, mod)
+        functions = {}
+        for gvar, func in mod.functions.items():
+            if isinstance(func, relax.Function) and "tw.composite" not in (func.attrs or {}):
+                functions[gvar.name_hint] = lowering.lower(func)
+        functions |= lowering.kernels
+        return tvm.IRModule(functions, mod.attrs)
+
+
+class _Lowerer:
+    """Lowers functions of one module, sharing kernels between them."""
+
+    def __init__(self, options: ApplySchedules, mod: tvm.IRModule):
+        self.mod = mod
+        self.choose = options.choose
+        self.kernels: dict[str, Any] = {}
+        self._chosen: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+
+    def lower(self, func: relax.Function) -> relax.Function:
+        bounds = {str(k): int(v) for k, v in (func.attrs or {}).get("tir_var_upper_bound", {}).items()}
+        outer = self
+
+        @relax.expr_functor.mutator
+        class Rewrite(relax.PyExprMutator):
+            def visit_call_(self, call: ir.Call) -> Any:
+                call = super().visit_call_(call)
+                return outer.emit(self.builder_, call, bounds) if outer.is_composite(call) else call
+
+        return Rewrite(self.mod).visit_expr(func).with_attr("tw.stage", "scheduled")
+
+    def is_composite(self, call: ir.Call) -> bool:
+        return isinstance(call.op, ir.GlobalVar) and "tw.composite" in (self.mod[call.op].attrs or {})
+
+    def emit(self, builder: Any, call: ir.Call, bounds: dict[str, int]) -> Any:
+        attrs = self.mod[call.op].attrs
+        composite = str(attrs["tw.composite"])
+        rows = call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values[0]
+        static = int(rows.value) if isinstance(rows, tvm.tirx.IntImm) else None
+        key = (composite, str(attrs["tw.spec"]), static, static or bounds[rows.name])
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(composite, key[1], static, key[3])
+        lowering, names = self._chosen[key]
+        values: dict[str, Any] = {}
+
+        def value(ref: int | str) -> Any:
+            return call.args[ref] if isinstance(ref, int) else values[ref]
+
+        for kernel, name in zip(lowering.kernels, names, strict=True):
+            types = [
+                relax.TensorType([rows if d == "m" else d for d in out.shape], out.dtype) for out in kernel.outputs
+            ]
+            result = builder.emit(relax.op.call_dps_packed(name, [value(i) for i in kernel.inputs], out_ty=types))
+            parts = (
+                [result]
+                if len(types) == 1
+                else [builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+            )
+            values |= {out.name: part for out, part in zip(kernel.outputs, parts, strict=True)}
+        results = [value(r) for r in lowering.results]
+        return results[0] if len(results) == 1 else relax.Tuple(results)
+
+    def _choose(self, composite: str, spec_text: str, m: int | None, m_max: int) -> tuple[Any, list[str]]:
+        choice = self.choose(composite, load_spec(composite, spec_text), m, m_max)
+        kernels = choice.lowering.kernels
+        names = []
+        for kernel in kernels:
+            name = f"{choice.schedule.name}_{_content(kernel.func)}"
+            about = {
+                "schedule": choice.schedule.name,
+                "composite": composite,
+                "rows": m,
+                "max_rows": m_max,
+                "tile": dataclasses.asdict(choice.tile),
+                # The floor is the whole call's; its last kernel, which does the work, carries it.
+                "floor": dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None,
+            }
+            attrs = {"global_symbol": name, "tw.kernel": json.dumps(about, sort_keys=True)}
+            self.kernels[name] = kernel.func.with_attrs(attrs)
+            names.append(name)
+        logger.debug("%s %s -> %s", composite, choice.facts, names)
+        return choice.lowering, names
+
+
+def _content(func: Any) -> str:
+    """A hash of the kernel's IR that does not depend on the symbol it was given."""
+    text = ir.save_json(func.with_attr("global_symbol", "kernel"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kernel_names(mod: tvm.IRModule) -> Sequence[str]:
+    """The kernels that ApplySchedules left in a module, sorted."""
+    return sorted(g.name_hint for g, f in mod.functions.items() if "tw.kernel" in (f.attrs or {}))

@@ -1,0 +1,56 @@
+"""TVM's runtime libraries, without its compiler, and without torch."""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tilewright.compiler.errors import ArtifactError
+
+_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tvm_ffi imports torch where it is installed; serving needs none of it, and a second to load it is too much."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+@cache
+def load_runtime() -> Any:
+    """The tvm_ffi module, with TVM's runtime libraries loaded. Raises ArtifactError where they are missing."""
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or spec.origin is None:
+        raise ArtifactError(
+            "apache-tvm, whose runtime libraries run artifacts, is not installed; pip install apache-tvm"
+        )
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    with _without_torch():
+        import tvm_ffi
+    for name in _LIBRARIES:
+        file = Path(spec.origin).parent / "lib" / name
+        try:
+            ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise ArtifactError(f"{file} can't be loaded ({error}); reinstall apache-tvm") from None
+    return tvm_ffi
+
+
+def set_threads(count: int) -> int:
+    """How many threads kernels run on, from now on, in threads of Python that have not run any yet."""
+    os.environ["TVM_NUM_THREADS"] = str(count)
+    # Binding to cores loses more than it gains wherever another process is busy on one of them.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    return count

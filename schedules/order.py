@@ -1,0 +1,56 @@
+"""The schedules in order of preference, and the choice among them: the first that matches wins."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.compiler.errors import CompileError
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Call, Floor, Lowering, Reject, Schedule
+
+
+def schedules() -> tuple[Schedule, ...]:
+    """Every schedule, the most special first. A new schedule is a file and a line here."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a composite call: schedule, facts, tile, its floor, and the kernels."""
+
+    schedule: Schedule
+    facts: Any
+    tile: Any
+    floor: Floor
+    lowering: Lowering
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Picks the schedule and tile for a call on one target.
+
+    `tiles` holds the best known tiles by (schedule name, facts as text); without one the first of the space is taken.
+    """
+
+    target: Target
+    tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
+    order: tuple[Schedule, ...] = field(default_factory=schedules, repr=False)
+
+    def __call__(self, composite: str, spec: Any, m: int | None, m_max: int) -> Choice:
+        """The choice for a call with m rows (None: dynamic, at most m_max). Raises CompileError with every reason."""
+        call = Call(composite, spec, m, m_max)
+        reasons = []
+        for schedule in self.order:
+            if schedule.composite != composite or schedule.kind != self.target.kind:
+                continue
+            facts = schedule.match(call, self.target)
+            if not isinstance(facts, Reject):
+                return self._choice(schedule, facts)
+            reasons.append(f"{schedule.name}: {facts.reason}")
+        why = "; ".join(reasons) or f"no schedule for {self.target.kind} knows it"
+        raise CompileError(f"{composite} has no kernel on {self.target.name} for {spec}: {why}")
+
+    def _choice(self, schedule: Schedule, facts: Any) -> Choice:
+        known = dict(self.tiles).get((schedule.name, repr(facts)))
+        tile = known if known is not None else schedule.space(facts, self.target)[0]
+        floor = schedule.floor(facts, self.target)
+        return Choice(schedule, facts, tile, floor, schedule.apply(facts, tile, self.target))
