@@ -31,7 +31,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a family needs to write its mathematics down. Sizes in elements; checked by `validate` in models/registry."""
+    """Everything a family needs to write its mathematics down. Sizes in elements; checked in compiler/parameters.py."""
 
     family: str
     hidden: int
@@ -49,6 +49,7 @@ class ModelConfig:
     output_bias: bool = False  # o
     mlp_bias: bool = False
     qk_norm: bool = False
+    sandwich_norms: bool = False  # a norm after attention and after the MLP as well, before the residual is added
     activation: str = "silu"
     attention_scale: float | None = None  # default head_dim ** -0.5
     window: int | None = None  # sliding window of the layers named below
