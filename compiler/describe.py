@@ -1,0 +1,146 @@
+"""What the manifest and costs.json say of a compiled model."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.compiler import artifact as sealed
+from tilewright.compiler.artifact import Manifest, Param
+from tilewright.compiler.checkpoint import Checkpoint
+from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS, KVFormat
+from tilewright.compiler.options import DECODE_BUCKETS, TOP_LOGPROBS, Options
+
+
+def split_kernels(mod: Any) -> tuple[Any, dict[str, Any]]:
+    """The module without its kernels, and the kernels by name."""
+    import tvm
+
+    kernels = {g.name_hint: f for g, f in mod.functions.items() if "tw.kernel" in (f.attrs or {})}
+    rest = {g: f for g, f in mod.functions.items() if g.name_hint not in kernels}
+    return tvm.IRModule(rest, mod.attrs), dict(sorted(kernels.items()))
+
+
+def step_params(mod: Any) -> tuple[Param, ...]:
+    """The weights that the step takes, in order."""
+    func = mod["step"]
+    count = int(func.attrs["num_input"])
+    params = []
+    for var, about in zip(func.params[count:], json.loads(str(func.attrs["tw.params"])), strict=True):
+        shape = tuple(int(s) for s in var.ty.shape.values)
+        matrix = len(about["shape"]) == 2
+        params.append(
+            Param(
+                name=about["name"],
+                shape=shape,
+                dtype=str(var.ty.dtype),
+                sources=tuple(about["sources"]),
+                format=about["format"],
+                rows=about["shape"][0],
+                columns=about["shape"][1] if matrix else None,
+            )
+        )
+    return tuple(params)
+
+
+def describe(
+    root: Path,
+    checkpoint: Checkpoint,
+    options: Options,
+    scheduled: Any,
+    params: tuple[Param, ...],
+    workspace: Mapping[str, int],
+) -> Manifest:
+    """The manifest of what stands in `root`; writes costs.json on the way."""
+    import tvm
+
+    import tilewright
+
+    config = checkpoint.config
+    target = options.target
+    calls = kernel_calls(scheduled)
+    kernels = describe_kernels(scheduled, calls)
+    (root / sealed.COSTS).write_text(json.dumps(_costs(kernels), indent=1, sort_keys=True) + "\n")
+    kv = KVFormat(config.layers, config.kv_heads, config.head_dim, options.page_size, k_transposed=target.kind == "cpu")
+    page_bytes = kv.layers * 2 * kv.kv_heads * kv.page_size * kv.head_dim * 4
+    tokenizer = dataclasses.asdict(checkpoint.tokenizer) if checkpoint.tokenizer else {}
+    tokenizer.pop("tokenizer_json", None)
+    return Manifest(
+        name=checkpoint.name,
+        target={"name": target.name, "kind": target.kind, "arch": target.arch, "features": list(target.features)},
+        model=json.loads(json.dumps(dataclasses.asdict(config))),
+        limits={
+            "max_batch": options.max_batch,
+            "max_tokens": options.max_tokens,
+            "max_context": config.max_position,
+            "page_size": options.page_size,
+        },
+        kv=dataclasses.asdict(kv),
+        step={
+            "inputs": [*STEP_INPUTS, *SAMPLING_INPUTS],
+            "top_logprobs": TOP_LOGPROBS,
+            "buckets": [
+                *({"function": f"step_{size}", "tokens": size, "static": True} for size in DECODE_BUCKETS),
+                {"function": "step", "tokens": options.max_tokens, "static": False},
+            ],
+        },
+        params=params,
+        kernels=tuple(kernels),
+        memory={
+            "weights_bytes": sum(p.bytes for p in params),
+            "workspace_bytes": max(workspace.values(), default=0),
+            "page_bytes": page_bytes,
+        },
+        tokenizer=json.loads(json.dumps(tokenizer)),
+        provenance={
+            "tilewright": tilewright.__version__,
+            "tvm": tvm.__version__,
+            "source": dict(checkpoint.source),
+            "weights": options.weights,
+            "quant": options.quant,
+        },
+        warnings=checkpoint.notes,
+    )
+
+
+def kernel_calls(mod: Any) -> dict[str, Counter[str]]:
+    """How often each function calls each kernel: function -> kernel -> calls."""
+    from tvm import ir, relax
+
+    calls: dict[str, Counter[str]] = {}
+    for gvar, func in mod.functions.items():
+        if not isinstance(func, relax.Function):
+            continue
+        counter: Counter[str] = Counter()
+
+        def visit(expr: Any, counter: Counter[str] = counter) -> None:
+            if isinstance(expr, ir.Call) and getattr(expr.op, "name", "") == "relax.call_dps_packed":
+                counter[str(expr.args[0].global_symbol)] += 1
+
+        relax.analysis.post_order_visit(func.body, visit)
+        calls[gvar.name_hint] = counter
+    return calls
+
+
+def describe_kernels(mod: Any, calls: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
+    """A record a kernel: schedule, tile, floor of one call, and how often each function calls it."""
+    described = []
+    for gvar, func in sorted(mod.functions.items(), key=lambda item: item[0].name_hint):
+        if "tw.kernel" not in (func.attrs or {}):
+            continue
+        name = gvar.name_hint
+        about = json.loads(str(func.attrs["tw.kernel"]))
+        described.append({"name": name, **about, "calls": {f: c[name] for f, c in sorted(calls.items()) if c[name]}})
+    return described
+
+
+def _costs(kernels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Floor of each function: bytes whatever the batch, bytes a row, operations a row (rows: tokens or wanted rows)."""
+    costs: dict[str, Counter[str]] = {}
+    for kernel in kernels:
+        for function, count in kernel["calls"].items():
+            for field, value in (kernel["floor"] or {}).items():
+                costs.setdefault(function, Counter())[field] += value * count
+    return {function: {"floor": dict(total)} for function, total in costs.items()}
