@@ -41,9 +41,10 @@ def compile(
 ) -> Artifact:
     """Compile a model into an artifact.
 
-    model: an alias, a Hugging Face directory, a .gguf file or a hub id. target: see `tilewright doctor`. output: by
-    default NAME.tw here. weights: "auto" or "random:SEED". quant: "auto" keeps what the model is stored in, "none" computes in
-    float, or a weight format. max_batch: sequences a step; max_tokens: tokens a step; page_size: tokens a KV page.
+    model: an alias, a Hugging Face directory, a .gguf file or a hub id. target: see `tilewright doctor`.
+    output: by default NAME.tw here. weights: "auto" or "random:SEED".
+    quant: "auto" keeps what the model is stored in, "none" computes in float, or a weight format for all matrices.
+    max_batch: sequences a step; max_tokens: tokens a step; page_size: tokens a KV page.
     dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
     """
     options = Options(

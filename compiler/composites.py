@@ -17,9 +17,9 @@ checked against. Shapes are written with n or t (tokens), H (query heads), G (KV
 | linear | x[n,K] weight[N,K] (bias[N]) | [n,N] | fused, served |
 | embedding | table[V,K] tokens[n] | [n,K] | fused, served |
 | kv_append | pages k[t,G,D] v[t,G,D] slots[t] layer | pages | served |
-| paged_attention | q[t,H,D] pages positions[t] indptr[b+1] page_indptr[b+1] page_indices[p] kv_len[b] layer | [t,H,D] | served |
+| paged_attention | q[t,H,D] pages, positions to kv_len of `STEP_INPUTS` but slots, layer | [t,H,D] | served |
 | qkv_append | qkv[t,(H+2G)D] cos sin (q_norm[D] k_norm[D]) pages slots layer | (q[t,H,D], pages) | served |
-| sample | logits[r,V] and the sampling arrays of `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
+| sample | logits[r,V] and `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ class SampleSpec:
     top_logprobs: int = 20
 
 
-# The sampler's inputs after the logits, in order: name -> (symbolic shape, dtype). r rows; CSR lists have their own size.
+# The sampler's inputs after the logits, in order: name -> (symbolic shape, dtype). r rows; lists have their own size.
 SAMPLING_INPUTS: dict[str, tuple[str, str]] = {
     "temperature": ("r", "float32"),  # 0: greedy
     "top_k": ("r", "int32"),  # 0: off
