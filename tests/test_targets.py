@@ -20,8 +20,8 @@ def machine(monkeypatch):
     """Makes this machine another one: machine(arch, features)."""
 
     def become(arch: str, features: tuple[str, ...]) -> None:
-        monkeypatch.setattr(host, "host_arch", lambda: arch)
-        monkeypatch.setattr(host, "host_features", lambda: features)
+        monkeypatch.setattr(host, "arch", lambda: arch)
+        monkeypatch.setattr(host, "features", lambda: features)
 
     return become
 
@@ -46,15 +46,15 @@ def test_features_of_flags(flags, expected):
 
 @pytest.mark.parametrize("granted", [True, False])
 def test_amx_needs_the_kernels_permission(monkeypatch, granted):
-    monkeypatch.setattr(host, "host_arch", lambda: "x86_64")
+    monkeypatch.setattr(host, "arch", lambda: "x86_64")
     monkeypatch.setattr(host, "_flags", lambda: SAPPHIRE_RAPIDS)
     monkeypatch.setattr(host, "_grant_amx", lambda: granted)
-    assert ("amx_int8" in host.host_features.__wrapped__()) is granted
+    assert ("amx_int8" in host.features.__wrapped__()) is granted
 
 
 def test_other_architectures_have_no_x86_features(monkeypatch):
-    monkeypatch.setattr(host, "host_arch", lambda: "aarch64")
-    assert host.host_features.__wrapped__() == ()
+    monkeypatch.setattr(host, "arch", lambda: "aarch64")
+    assert host.features.__wrapped__() == ()
 
 
 def test_cpuinfo_is_read(monkeypatch, tmp_path):
@@ -70,7 +70,7 @@ def test_cpuinfo_is_read(monkeypatch, tmp_path):
 
 def test_this_machine_resolves():
     target = targets.resolve_target("cpu")
-    assert (target.name, target.kind, target.arch) == ("cpu", "cpu", host.host_arch())
+    assert (target.name, target.kind, target.arch) == ("cpu", "cpu", host.arch())
     assert host.missing(target.features) == ()
     assert host.cores() >= 1
     assert (host.memory_bytes() or 1) > 0

@@ -52,8 +52,8 @@ def machine(measure: bool = False) -> dict[str, str]:
     memory = host.memory_bytes()
     facts = {
         "processor": host.processor(),
-        "architecture": host.host_arch(),
-        "features": ", ".join(host.host_features()) or "none that kernels use",
+        "architecture": host.arch(),
+        "features": ", ".join(host.features()) or "none that kernels use",
         "cores": str(host.cores()),
         "memory": console.size(memory) if memory else "unknown",
         "GPU": _gpus(),
@@ -111,9 +111,9 @@ def _packages() -> Iterator[Check]:
 
 
 def _features() -> Iterator[Check]:
-    if host.host_arch() != "x86_64":
+    if host.arch() != "x86_64":
         return
-    here = host.host_features()
+    here = host.features()
     for name in host.X86_FEATURES:
         gain = _GAINS.get(name)
         remedy = f"optional: {gain}" if gain else "needed: any x86-64-v3 processor has it"

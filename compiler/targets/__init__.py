@@ -44,8 +44,8 @@ def compile_obstacle(target: Target) -> str | None:
     """Why no code for `target` can be generated here, and what to do; None where it can."""
     if target.kind != "cpu":
         return f"this version has no {target.kind.upper()} code generator; use a CPU target such as cpu"
-    if target.arch != host.host_arch():
-        return f"linking for {target.arch} needs a machine of that architecture, this one is {host.host_arch()}"
+    if target.arch != host.arch():
+        return f"linking for {target.arch} needs a machine of that architecture, this one is {host.arch()}"
     return None
 
 
@@ -53,7 +53,7 @@ def run_obstacle(target: Target) -> str | None:
     """Why an artifact for `target` would be refused here; None where it would run."""
     if target.kind != "cpu":
         return f"this version has no {target.kind.upper()} runtime"
-    if target.arch != host.host_arch():
-        return f"this machine is {host.host_arch()}"
+    if target.arch != host.arch():
+        return f"this machine is {host.arch()}"
     absent = host.missing(target.features)
     return f"this processor lacks {', '.join(absent)}" if absent else None

@@ -39,7 +39,7 @@ def this_machine() -> Target:
 
     Raises TargetError on an architecture, or an x86-64 level, that there are no kernels for.
     """
-    arch = host.host_arch()
+    arch = host.arch()
     if arch == "aarch64":
         return Target("cpu", "cpu", arch, mcpu="generic", mattr=("+neon",))
     if arch != "x86_64":
@@ -49,6 +49,6 @@ def this_machine() -> Target:
         raise TargetError(
             f"this processor lacks {', '.join(absent)}; tilewright needs {', '.join(_V3)} (any x86-64-v3 processor)"
         )
-    features = host.host_features()
+    features = host.features()
     # Wider features are of use only on top of the level below them.
     return _x86("cpu", features if "avx512" in features else _V3)

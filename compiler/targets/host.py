@@ -32,20 +32,20 @@ _XFEATURE_XTILEDATA = 18
 
 
 @lru_cache(maxsize=1)
-def host_arch() -> str:
+def arch() -> str:
     """The instruction set, "x86_64" or "aarch64"; any other as the system names it."""
     machine = platform.machine().lower()
     return _ARCHITECTURES.get(machine, machine)
 
 
 @lru_cache(maxsize=1)
-def host_features() -> tuple[str, ...]:
+def features() -> tuple[str, ...]:
     """Features of this processor that a process here may use, in the order of `X86_FEATURES`; () off x86-64.
 
     Asking includes the system's permission for AMX tiles, which is granted to the whole process: a kernel that needs
     "amx_int8" may run once this has returned it.
     """
-    if host_arch() != "x86_64":
+    if arch() != "x86_64":
         return ()
     found = features_of(_flags())
     if "amx_int8" in found and not _grant_amx():
@@ -63,7 +63,7 @@ def features_of(flags: Iterable[str]) -> tuple[str, ...]:
 
 def missing(needed: Iterable[str]) -> tuple[str, ...]:
     """Those of `needed` that this machine lacks, in their order."""
-    here = host_features()
+    here = features()
     return tuple(name for name in needed if name not in here)
 
 
@@ -71,8 +71,8 @@ def missing(needed: Iterable[str]) -> tuple[str, ...]:
 def processor() -> str:
     """The processor's name as the system reports it, for people only: names may be wrong, features are not."""
     if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string") or host_arch()
-    return _cpuinfo_field("model name") or host_arch()
+        return _sysctl("machdep.cpu.brand_string") or arch()
+    return _cpuinfo_field("model name") or arch()
 
 
 def cores() -> int:
