@@ -197,10 +197,15 @@ def _lazy_tensor(tensor: GGUFTensor, config: ModelConfig) -> LazyTensor:
 
 def _half_order(tensor: GGUFTensor, config: ModelConfig) -> np.ndarray | None:
     """Where each row of q or k (weight or bias) lies in the file; None where rows are in order already."""
-    if config.family != "llama" or ".attn_q." not in tensor.name and ".attn_k." not in tensor.name:
+    if config.family != "llama" or _part(tensor.name) not in ("attn_q", "attn_k"):
         return None
     pairs = np.arange(tensor.shape[0] // config.head_dim * config.head_dim)
     return pairs.reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _part(name: str) -> str:
+    """blk.3.attn_q.weight -> attn_q."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _raw_reader(tensor: GGUFTensor, ordered: Callable[[np.ndarray], np.ndarray]) -> Callable[[], np.ndarray] | None:

@@ -1,8 +1,9 @@
 """The tokenizer in a GGUF file's metadata as Hugging Face's tokenizer.json.
 
-Two kinds: "gpt2" is byte-level BPE with its merges in the file; "llama" is SentencePiece's BPE, whose merges follow from
-the scores of its vocabulary: a token may be made of any two tokens that spell it, better scores first. Tokens marked
-"control" become special added tokens, those marked "user-defined" plain ones; both are matched whole before any merge.
+Two kinds: "gpt2" is byte-level BPE with its merges in the file; "llama" is SentencePiece's BPE, whose merges follow
+from the scores of its vocabulary: a token may be made of any two tokens that spell it, better scores first. Tokens
+marked "control" become special added tokens, those marked "user-defined" plain ones; both are matched whole before any
+merge.
 """
 
 from collections.abc import Iterator
