@@ -42,7 +42,7 @@ def verify(mod: tvm.IRModule, stage: str) -> None:
     """Raise CompileError, naming the binding, where `mod` is no module of this stage."""
     if stage not in _STAGES:
         raise CompileError(f"stage {stage!r} is unknown; the stages are {', '.join(_STAGES)}")
-    if not relax.analysis.well_formed(mod):
+    if not relax.analysis.check_well_formed(mod):
         raise CompileError(f"the module is not well formed at stage {stage!r}; a pass before it is wrong")
     _STAGES[stage](mod)
 
@@ -170,7 +170,7 @@ def _check_body(
         value = binding.value
         if not isinstance(binding, relax.VarBinding):
             raise _reject(binding, f"stage {stage!r} has variable bindings only")
-        if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem | ir.GenericConst):
+        if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem | ir.GenericConst | tirx.IntImm):
             continue
         composite = composite_of(mod, value)
         if composite is not None and composite[0] in composites:
