@@ -25,7 +25,7 @@ JOBS = "TILEWRIGHT_JOBS"
 DEBUG = "TILEWRIGHT_DEBUG"
 NAMES = (CACHE_DIR, THREADS, JOBS, DEBUG)
 
-_MAX_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def check() -> None:
@@ -76,6 +76,6 @@ def _count(name: str) -> int:
     value = os.environ.get(name)
     if value is None:
         return host.cores()
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MAX_THREADS:
-        raise UserError(f"{name}={value!r} is not a whole number from 1 to {_MAX_THREADS}; set one or unset it")
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_THREADS:
+        raise UserError(f"{name}={value!r} is not a whole number from 1 to {MAX_THREADS}; set one or unset it")
     return int(value)

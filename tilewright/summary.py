@@ -1,80 +1,113 @@
 """An artifact as tables: what it is, its kernels with tile and floor, its memory plan."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from tilewright import console
-from tilewright.compiler.artifact import Artifact, Manifest
+from tilewright.compiler.artifact import COSTS, Artifact, Manifest
+
+
+@dataclass(frozen=True)
+class StepFloor:
+    """The least traffic and work of a step: bytes whatever it holds, bytes and operations for each row of it."""
+
+    bytes_fixed: int
+    bytes_per_row: int
+    flops_per_row: int
+
+    def bytes(self, rows: int = 1) -> int:
+        return self.bytes_fixed + rows * self.bytes_per_row
+
+
+def decode_floor(artifact: Artifact) -> StepFloor:
+    """The floor of the smallest step, which decodes one token."""
+    costs = json.loads((artifact.path / COSTS).read_text())
+    smallest = min(artifact.manifest.buckets, key=lambda bucket: bucket.tokens)
+    return StepFloor(**costs[smallest.function]["floor"])
 
 
 def show_summary(artifact: Artifact) -> None:
-    """What `compile` says at the end: place, size, kernels, floor."""
-    manifest = artifact.manifest
-    table = console.table(str(artifact.path), "", "")
-    table.show_header = False
+    """What `compile` says at the end: place, size, kernels, floor, warnings."""
+    table = _facts(str(artifact.path))
     table.add_row("size", console.size(artifact.bytes))
-    table.add_row("kernels", str(len(manifest.kernels)))
-    table.add_row("floor", decode_floor(manifest))
-    table.add_row("target", _target(manifest))
+    table.add_row("kernels", str(len(artifact.manifest.kernels)))
+    table.add_row("floor", _floor_words(artifact))
+    table.add_row("target", _target(artifact.manifest))
+    table.add_row("warnings", str(len(artifact.manifest.warnings) or "none"))
     console.show(table)
+    show_warnings(artifact.manifest)
 
 
-def decode_floor(manifest: Manifest) -> str:
-    """The least traffic and work of decoding one token, in words."""
-    return "{} and {} operations a decoded token".format(
-        console.size(sum(k["calls"] * k["floor_bytes"] for k in manifest.kernels)),
-        console.amount(sum(k["calls"] * k["floor_flops"] for k in manifest.kernels)),
-    )
+def show_warnings(manifest: Manifest) -> None:
+    for warning in manifest.warnings:
+        console.warn(warning)
 
 
 def manifest_table(artifact: Artifact) -> Table:
     """What the artifact is: model, target, limits, provenance."""
     manifest = artifact.manifest
-    table = console.table(manifest.name, "", "")
-    table.show_header = False
+    table = _facts(manifest.name)
     rows = {
-        "place": str(artifact.path),
+        "place": artifact.path,
         "size": console.size(artifact.bytes),
         "schema": manifest.schema,
         "target": _target(manifest),
-        "model": _words(manifest.model),
-        "limits": _words(manifest.limits),
-        "buckets": ", ".join(str(bucket.tokens) for bucket in manifest.buckets),
+        "model": manifest.model,
+        "limits": manifest.limits,
+        "steps": ", ".join(
+            f"{bucket.function} ({'' if bucket.static else 'up to '}{bucket.tokens} tokens)"
+            for bucket in manifest.buckets
+        ),
+        "floor": _floor_words(artifact),
         **{f"from {key}": value for key, value in sorted(manifest.provenance.items())},
     }
     for name, value in rows.items():
-        table.add_row(name, _words(value) if isinstance(value, Mapping) else str(value))
+        table.add_row(name, _words(value))
     return table
 
 
 def kernel_table(manifest: Manifest) -> Table:
-    """Every kernel with its schedule, tile, calls a step, and floor a call."""
-    numeric = ("calls", "floor bytes", "floor operations")
-    table = console.table("Kernels", "kernel", "composite", "schedule", "tile", *numeric, numeric=numeric)
+    """Every kernel with its schedule, tile, calls by step, and the floor of one call."""
+    numeric = ("bytes", "bytes a row", "operations a row")
+    table = console.table("Kernels", "kernel", "schedule", "tile", "calls", *numeric, numeric=numeric)
     for kernel in manifest.kernels:
+        floor = kernel["floor"] or {}
         table.add_row(
             kernel["name"],
-            kernel["composite"],
-            kernel["schedule"],
-            _words(kernel["tile"]) if isinstance(kernel["tile"], Mapping) else str(kernel["tile"]),
-            str(kernel["calls"]),
-            console.size(kernel["floor_bytes"]),
-            console.amount(kernel["floor_flops"]),
+            _words(kernel["schedule"]),
+            _words(kernel["tile"]),
+            _words(kernel["calls"]),
+            console.size(floor["bytes_fixed"]) if floor else "",
+            console.size(floor["bytes_per_row"]) if floor else "",
+            console.amount(floor["flops_per_row"]) if floor else "",
         )
     return table
 
 
 def memory_table(manifest: Manifest) -> Table:
-    """What serving takes: weights, workspace, and the KV cache by page."""
-    table = console.table("Memory", "", "", numeric=("",))
+    """What serving takes: weights, workspace, and the KV cache by page and by token."""
+    table = console.table("Memory", "", "size", numeric=("size",))
     table.show_header = False
     for name, count in manifest.memory.items():
         table.add_row(name.removesuffix("_bytes").replace("_", " "), console.size(count))
-    page = manifest.limits["page_size"]
-    table.add_row(f"KV cache a token (pages of {page})", console.size(manifest.memory["page_bytes"] / page))
+    slots = manifest.limits["page_size"]
+    table.add_row(f"KV cache of a token ({slots} a page)", console.size(manifest.memory["page_bytes"] / slots))
     return table
+
+
+def _facts(title: str) -> Table:
+    table = console.table(title, "", "")
+    table.show_header = False
+    return table
+
+
+def _floor_words(artifact: Artifact) -> str:
+    floor = decode_floor(artifact)
+    return f"{console.size(floor.bytes())} and {console.amount(floor.flops_per_row)} operations for a decoded token"
 
 
 def _target(manifest: Manifest) -> str:
@@ -82,8 +115,9 @@ def _target(manifest: Manifest) -> str:
     return f"{target['name']} ({', '.join([target['arch'], *target['features']])})"
 
 
-def _words(fields: Mapping[str, Any]) -> str:
-    """Fields in one line, those without a value left out: hidden 576, layers 30, ..."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if value not in (None, (), [])
-    )
+def _words(value: Any) -> str:
+    """A value in one line; of fields, those without a value left out: hidden 576, layers 30, ..."""
+    if not isinstance(value, Mapping):
+        return "" if value is None else str(value)
+    said = {name: inner for name, inner in value.items() if inner not in (None, (), [], {})}
+    return ", ".join(f"{name.replace('_', ' ')} {_words(inner)}" for name, inner in said.items())

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from tilewright import console
-
 MODEL_HELP = "An alias such as smollm2-135m, a Hugging Face directory, a .gguf file, or a hub id org/name."
 
 
@@ -22,9 +20,9 @@ def command(
     quant: Annotated[
         str, typer.Option(metavar="auto|none|FORMAT", help="auto keeps the source's format; none computes in float32.")
     ] = "auto",
-    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the KV cache.")] = 16,
+    max_batch: Annotated[int, typer.Option(help="Most sequences in a step.")] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens in a step.")] = 512,
+    page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
     ] = None,
@@ -48,5 +46,3 @@ def command(
             progress=report,
         )
     show_summary(artifact)
-    for warning in artifact.manifest.warnings:
-        console.warn(warning)

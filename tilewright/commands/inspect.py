@@ -10,10 +10,9 @@ def command(artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A
     """Show an artifact's manifest, kernels and memory plan."""
     from tilewright import console
     from tilewright.compiler.artifact import Artifact
-    from tilewright.summary import kernel_table, manifest_table, memory_table
+    from tilewright.summary import kernel_table, manifest_table, memory_table, show_warnings
 
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     console.show(manifest_table(opened), kernel_table(manifest), memory_table(manifest))
-    for warning in manifest.warnings:
-        console.warn(warning)
+    show_warnings(manifest)
