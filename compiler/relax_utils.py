@@ -292,14 +292,17 @@ def rebuild(
     emitter = Emitter(builder)
     new_params = params(emitter, func) if params else _copy_params(emitter, func.params)
     new_attrs = {k: v for k, v in {**func.attrs, **(attrs or {})}.items() if k != "global_symbol" and v is not None}
-    result = func.body.body
+    output = None
     with builder.function(name, new_params, attrs=new_attrs):
         with builder.dataflow():
             for binding in bindings(func):
                 rule = rules.get(binding.var)
                 value = rule(emitter) if rule else emitter.map(binding.value)
-                emitter.new[binding.var] = emitter(value, binding.var.name)
-            output = builder.emit_output(emitter.map(result))
+                if binding.var.same_as(func.body.body):
+                    output = builder.emit_output(value, binding.var.name)
+                else:
+                    emitter.new[binding.var] = emitter(value, binding.var.name)
+            output = output or builder.emit_output(emitter.map(func.body.body))
         builder.emit_func_output(output)
     return remove_dead_code(builder.get(), name)
 

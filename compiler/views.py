@@ -11,7 +11,19 @@ from typing import TypeAlias
 import tvm
 from tvm import relax, tirx
 
-from tilewright.compiler.relax_utils import Expr, Scope, integers, op_name, same_extent, scalar, shape, static
+from tilewright.compiler.relax_utils import (
+    Expr,
+    Rule,
+    Scope,
+    integers,
+    main_function,
+    op_name,
+    rebuild,
+    same_extent,
+    scalar,
+    shape,
+    static,
+)
 
 Index: TypeAlias = list[Expr]
 Analyzer: TypeAlias = tvm.sym.Analyzer
@@ -37,6 +49,24 @@ def push_view(call: Expr, index: Index, analyzer: Analyzer) -> tuple[Expr, Index
     return call.args[0], [analyzer.simplify(e) for e in source_index]
 
 
+def view_step(scope: Scope, expr: Expr, index: Index, analyzer: Analyzer) -> tuple[Expr, Index] | None:
+    """`push_view` on what a variable is bound to, parts of a split included."""
+    value = scope.value(expr)
+    if not isinstance(value, relax.TupleGetItem):
+        return push_view(value, index, analyzer)
+    split = scope.value(value.tuple_value)
+    if op_name(split) != "split":
+        return None
+    axis = int(split.attrs.axis) % len(index)
+    begin = 0
+    for part in split.ty.fields[: value.index]:
+        extent = static(part.shape.values[axis])
+        if extent is None:
+            return None
+        begin += extent
+    return split.args[0], [x + begin if k == axis else x for k, x in enumerate(index)]
+
+
 def is_view(call: Expr) -> bool:
     """Whether the operator only rearranges, repeats or picks elements."""
     return op_name(call) in _VIEWS
@@ -44,21 +74,9 @@ def is_view(call: Expr) -> bool:
 
 def peel(scope: Scope, expr: Expr, index: Index, analyzer: Analyzer) -> tuple[Expr, Index]:
     """Push `index` through every view above `expr`: (first expression that is no view, index in it)."""
-    while (step := push_view(scope.value(expr), index, analyzer)) is not None:
+    while (step := view_step(scope, expr, index, analyzer)) is not None:
         expr, index = step
     return scope.resolve(expr), index
-
-
-def peel_to(
-    scope: Scope, expr: Expr, index: Index, analyzer: Analyzer, accept: Callable[[Expr, Index], bool]
-) -> tuple[Expr, Index] | None:
-    """Like `peel`, but the deepest point of the chain that `accept` takes; None if it takes none."""
-    best = (expr, index) if accept(expr, index) else None
-    while (step := push_view(scope.value(expr), index, analyzer)) is not None:
-        expr, index = step
-        if accept(expr, index):
-            best = step
-    return best
 
 
 def broadcast_index(expr: Expr, index: Index) -> Index:
@@ -195,7 +213,7 @@ def simplify_chain(scope: Scope, var: Expr) -> tuple[Expr, bool] | None:
     start = index_vars(extents, analyzer)
     target = flat_index(start, extents)
     best, expr, index = None, var, start
-    while (step := push_view(scope.value(expr), index, analyzer)) is not None:
+    while (step := view_step(scope, expr, index, analyzer)) is not None:
         expr, index = step
         if not isinstance(expr, relax.Var) or not _same_size(shape(expr), extents):
             continue
@@ -229,3 +247,23 @@ def _same_size(a: list[Expr], b: list[Expr]) -> bool:
 
     (x, sx), (y, sy) = split(a), split(b)
     return x == y and len(sx) == len(sy) and all(same_extent(p, q) for p, q in zip(sx, sy, strict=True))
+
+
+def simplify_views(mod: tvm.IRModule) -> tvm.IRModule:
+    """Chains of views that undo each other vanish, and those that only regroup axes become one reshape.
+
+    before   a = permute_dims(x, [1, 0, 2]);  b = permute_dims(a, [1, 0, 2]);  c = reshape(reshape(b, ..), s)
+    after    c = reshape(x, s)
+    """
+    _, func = main_function(mod)
+    scope = Scope(func)
+    rules = {}
+    for var, value in scope.definition.items():
+        found = simplify_chain(scope, var) if is_view(value) else None
+        if found is not None:
+            rules[var] = _simplified(*found, shape(var))
+    return rebuild(mod, rules)
+
+
+def _simplified(source: Expr, equal: bool, extents: list[Expr]) -> Rule:
+    return lambda emit: emit.map(source) if equal else relax.op.reshape(emit.map(source), extents)
