@@ -1,0 +1,122 @@
+"""Tiny random checkpoints of every family, written by transformers, whose model is the reference for ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_CONFIGS = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+}
+FAMILIES = tuple(_CONFIGS)
+
+# Small and odd: three query heads on one KV head, a vocabulary that is no multiple of 16.
+_COMMON: dict[str, Any] = {
+    "vocab_size": 203,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 48,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"head_dim": None},  # always hidden_size / heads
+    "qwen3": {"tie_word_embeddings": True},
+    # Layers 0 and 2 slide, layer 1 does not.
+    "gemma3": {
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 40,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with overrides of its configuration. `id` names it in test reports."""
+
+    id: str
+    family: str
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+def _case(id: str, family: str, **overrides: Any) -> Case:
+    return Case(id, family, tuple(overrides.items()))
+
+
+# Between them: head_dim 48 and 80, heads 3, 5 and 8, queries per KV head 1, 3 and 8, tied and untied, biases, windows.
+CASES = (
+    _case("llama-3to1-tied", "llama"),
+    _case("llama-1to1-d80-untied", "llama", head_dim=80, num_attention_heads=5, num_key_value_heads=5,
+          hidden_size=80, tie_word_embeddings=False, vocab_size=131),
+    _case("llama-8to1-biases", "llama", num_attention_heads=8, attention_bias=True, mlp_bias=True),
+    _case("mistral-6to2-window", "mistral", num_attention_heads=6, num_key_value_heads=2),
+    _case("qwen2-3to1-untied", "qwen2", hidden_size=144),
+    _case("qwen2-8to1-window-tied", "qwen2", num_attention_heads=8, hidden_size=384, use_sliding_window=True,
+          sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
+    _case("qwen3-3to1-tied", "qwen3"),
+    _case("qwen3-8to1-d80-untied", "qwen3", head_dim=80, num_attention_heads=8, tie_word_embeddings=False),
+    _case("gemma3-3to1", "gemma3"),
+    _case("gemma3-1to1-d80", "gemma3", head_dim=80, num_attention_heads=2, num_key_value_heads=2),
+)  # fmt: skip
+
+
+def make_model(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A model of `family` with random float32 weights large enough that every part of it shows in the logits."""
+    config_class, model_class = _CONFIGS[family]
+    fields = {**_COMMON, **_FAMILY_DEFAULTS[family], **overrides}
+    config = config_class(**{k: v for k, v in fields.items() if v is not None}, attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = model_class(config).float().eval()
+    centre = 0.0 if family == "gemma3" else 1.0  # gemma3 stores norms as their distance from 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(centre, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def make_checkpoint(tmp_path: Path, family: str, dtype: str = "float32", **overrides: Any) -> Path:
+    """The directory, under `tmp_path`, of a saved `make_model(family, **overrides)`; dtype: float32, float16, bfloat16."""
+    path = tmp_path / family
+    make_model(family, **overrides).to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
+def reference_logits(path: Path, tokens: list[int]) -> Any:
+    """float32[n, vocab] of the checkpoint in `path` by transformers, in float32."""
+    return logits_of(load_reference(path), tokens)
+
+
+def load_reference(path: Path, **options: Any) -> transformers.PreTrainedModel:
+    """The checkpoint in `path` in float32, with attention spelled out."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", **options
+    )
+    return model.eval()
+
+
+def logits_of(model: transformers.PreTrainedModel, tokens: list[int]) -> Any:
+    """float32[n, vocab]."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()

@@ -1,0 +1,58 @@
+"""Runs a module of any stage up to "fused" on the CPU: TVM's own lowering, no kernels of ours."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tilewright.compiler.checkpoint import Checkpoint, LazyTensor
+
+TARGET = {"kind": "llvm", "mcpu": "x86-64-v3"}
+
+
+def compile_module(mod: tvm.IRModule) -> Callable[..., Any]:
+    """`forward` of `mod` over numpy arrays: arrays in, an array or a list of arrays out."""
+    target = tvm.target.Target(TARGET)
+    with target:
+        executable = tvm.compile(mod, target, relax_pipeline=relax.get_default_pipeline(target))
+    device = tvm.cpu()
+    forward = relax.VirtualMachine(executable, device)["forward"]
+
+    def run(*arrays: np.ndarray) -> Any:
+        return _to_numpy(forward(*(tvm.runtime.tensor(np.ascontiguousarray(a), device) for a in arrays)))
+
+    return run
+
+
+def read_params(mod: tvm.IRModule, tensors: Mapping[str, LazyTensor]) -> list[np.ndarray]:
+    """The float32 parameters of `forward`, in order: each the concatenation of its sources' rows."""
+    params = []
+    for entry in json.loads(str(mod["forward"].attrs["tw.params"])):
+        array = np.concatenate([tensors[source].read() for source in entry["sources"]])
+        assert list(array.shape) == entry["shape"], entry["name"]
+        params.append(array)
+    return params
+
+
+class ReferenceModel:
+    """A compiled module with the weights of a checkpoint: call it with tokens."""
+
+    def __init__(self, mod: tvm.IRModule, checkpoint: Checkpoint) -> None:
+        self.forward = compile_module(mod)
+        self.params = [p for p in read_params(mod, checkpoint.tensors)]
+
+    def __call__(self, tokens: Sequence[int]) -> Any:
+        """tokens -> float32[n, vocab], or a list of results where the module has taps."""
+        return self.forward(np.array(tokens, np.int32), *self.params)
+
+
+def run_model(mod: tvm.IRModule, tokens: Sequence[int], checkpoint: Checkpoint) -> Any:
+    """float32[n, vocab] of `tokens`, or a list of results where the module has taps. Compiles anew at each call."""
+    return ReferenceModel(mod, checkpoint)(tokens)
+
+
+def _to_numpy(value: Any) -> Any:
+    return value.numpy() if hasattr(value, "numpy") else [_to_numpy(item) for item in value]
