@@ -302,7 +302,8 @@ def rebuild(
                     output = builder.emit_output(value, binding.var.name)
                 else:
                     emitter.new[binding.var] = emitter(value, binding.var.name)
-            output = output or builder.emit_output(emitter.map(func.body.body))
+            if output is None:  # the function returns a parameter
+                output = builder.emit_output(emitter.map(func.body.body))
         builder.emit_func_output(output)
     return remove_dead_code(builder.get(), name)
 
