@@ -88,6 +88,17 @@ def store_part(buffer: Buffer, value: Expr, count: int, *index: Expr) -> None:
         T.buffer_store(buffer, lane(value, i), [*outer, last + i])
 
 
+def settled(value: Expr, dtype: str = "int32") -> Expr:
+    """The same scalar as a fresh symbol, by way of a cell that LLVM removes again.
+
+    TVM's simplifier otherwise expands what a bound value was made of at each index that uses it, in pass after pass:
+    nested divisions and minima in loop bounds then cost seconds of compile time.
+    """
+    cell = T.alloc_buffer((1,), dtype)
+    T.buffer_store(cell, value, [0])
+    return T.bind(cell[0])
+
+
 # --- building vectors -------------------------------------------------------------------------------------------------
 
 
@@ -130,9 +141,9 @@ def _call(dtype: str, name: str, *operands: Expr) -> Expr:
     return T.bind(T.call_llvm_pure_intrin(dtype, name, *operands))
 
 
-def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
     """a * b + c with one rounding."""
-    return _call(F32, "llvm.fma.v16f32", a, b, c)
+    return _call(f"float32x{lanes}", f"llvm.fma.v{lanes}f32", a, b, c)
 
 
 def fma_scalar(a: Expr, b: Expr, c: Expr) -> Expr:
@@ -140,11 +151,13 @@ def fma_scalar(a: Expr, b: Expr, c: Expr) -> Expr:
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
-    return _call(F32, "llvm.maxnum.v16f32", a, b)
+    """a > b ? a : b, so b where either is NaN: one instruction, which the NaN rules of IEEE's maximum are not."""
+    return T.bind(T.Select(a > b, a, b))
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
-    return _call(F32, "llvm.minnum.v16f32", a, b)
+    """a < b ? a : b, so b where either is NaN."""
+    return T.bind(T.Select(a < b, a, b))
 
 
 def absolute(a: Expr) -> Expr:
@@ -169,7 +182,19 @@ def sum_lanes(value: Expr) -> Expr:
 
 
 def max_lanes(value: Expr) -> Expr:
-    return _call("float32", "llvm.vector.reduce.fmax.v16f32", value)
+    """The greatest lane, a scalar; any number if a lane is NaN."""
+    for distance in (8, 4, 2, 1):
+        value = maximum(value, permute(value, [i ^ distance for i in range(LANES)]))
+    return lane(value, 0)
+
+
+def max_magnitude(values: Sequence[Expr]) -> Expr:
+    """The greatest |x| over several vectors, a scalar; NaN if any is NaN. Magnitudes order as their bits do."""
+    bits = [T.bitwise_and(T.reinterpret(I32, v), splat(0x7FFFFFFF)) for v in values]
+    most = bits[0]
+    for other in bits[1:]:
+        most = T.max(most, other)
+    return T.reinterpret("float32", _call("int32", "llvm.vector.reduce.smax.v16i32", T.bind(most)))
 
 
 def sum_lanes_i32(value: Expr) -> Expr:
@@ -182,15 +207,15 @@ _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 
 def exp(x: Expr) -> Expr:
-    """e^x, relative error below 2e-7; x is clamped to [-87, 87], so the result is finite and never subnormal."""
-    x = minimum(maximum(x, splat(-87.0)), splat(87.0))
+    """e^x, relative error below 2e-7, never subnormal: exactly zero below -87.7 (x is clamped to [-88, 87])."""
+    x = minimum(maximum(x, splat(-88.0)), splat(87.0))
     n = round_even(x * splat(1.4426950408889634))
     r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
     p = splat(_EXP_TERMS[0])
     for term in _EXP_TERMS[1:]:
         p = fma(p, r, splat(term))
     p = fma(p, r * r, r + splat(1.0))
-    power = T.shift_left(T.cast(n, I32) + splat(127), splat(23))
+    power = T.shift_left(T.cast(n, I32) + splat(127), splat(23))  # n = -127 gives the bits of 0.0
     return opaque(p * T.reinterpret(F32, power))
 
 
