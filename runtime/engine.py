@@ -1,0 +1,154 @@
+"""The engine: prompts in, completions or streams of events out, many at a time.
+
+    engine = Engine(model)
+    completions = engine.generate(["Hello"], SamplingParams(max_tokens=32))
+    async for event in engine.stream("Hello"): ...
+
+The work is done by a core (runtime/core.py) on a thread of the engine's own; callers only wait for events.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+from tilewright.compiler.errors import RequestError
+from tilewright.runtime.core import Clock, EngineCore, Stats
+from tilewright.runtime.intake import Intake, Prompt, resolve_limits
+from tilewright.runtime.request import Request
+from tilewright.runtime.scheduler.fcfs import FCFS
+from tilewright.runtime.scheduler.policy import Policy
+from tilewright.runtime.serving_thread import LoopPost, ServingThread
+from tilewright.runtime.types import Completion, EngineError, EngineLimits, SamplingParams, ServedModel, StreamEvent
+
+
+class Engine:
+    """Serves one model. All methods may be called from any thread; close it, or use it as a context manager.
+
+    Bad prompts and parameters raise RequestError before anything runs. If the device fails, every unfinished call
+    raises EngineError, and so does every later one.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        limits: EngineLimits | None = None,
+        *,
+        policy: Policy | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.limits = limits or EngineLimits()
+        budget, capacity = resolve_limits(self.limits, model.limits)
+        self._core = EngineCore(model, budget, policy or FCFS(), model.costs, clock)
+        self._intake = Intake(model.limits, budget, capacity, model.tokenizer, model.load_s)
+        self._thread = ServingThread(self._core)
+        self._queue = threading.Semaphore(self.limits.max_queue)
+        self._posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPost] = weakref.WeakKeyDictionary()
+        self._finalizer = weakref.finalize(self, self._thread.stop)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """The completions of all prompts in order, n for each. params: one for all, or one for each.
+
+        A prompt is a text, token ids, or chat messages. All are checked before the first one runs.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one each"
+            )
+        requests = [self._intake.request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+        unfinished = sum(len(request.samples) for request in requests)
+        try:
+            for request in requests:
+                self._submit(request, lambda _, event: events.put(event), wait=True)
+            while unfinished:
+                unfinished -= self._checked(events.get()).completion is not None
+        except BaseException:
+            self._cancel(requests)
+            raise
+        return [c for request in requests for sample in request.samples if (c := sample.output.completion)]
+
+    def stream_sync(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """The request's events as they come. Closing the iterator cancels the request."""
+        request = self._intake.request(prompt, params or SamplingParams())
+        events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+        self._submit(request, lambda _, event: events.put(event))
+        try:
+            unfinished = len(request.samples)
+            while unfinished:
+                event = self._checked(events.get())
+                unfinished -= event.completion is not None
+                yield event
+        finally:
+            self._cancel([request])
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
+        """The request's events as they come. Closing the iterator, or cancelling its task, cancels the request."""
+        request = self._intake.request(prompt, params or SamplingParams())
+        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
+        post = self._posts.setdefault(loop := asyncio.get_running_loop(), LoopPost(loop))
+        self._submit(request, lambda _, event: post.put(events, event) or self._core.cancel(request))
+        try:
+            unfinished = len(request.samples)
+            while unfinished:
+                event = self._checked(await events.get())
+                unfinished -= event.completion is not None
+                yield event
+        finally:
+            self._cancel([request])
+
+    def close(self) -> None:
+        """Ends what is unfinished and stops the thread."""
+        self._finalizer()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def stats(self) -> Stats:
+        return self._core.stats
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the engine is dead; None while it is not."""
+        return self._core.failure
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError unless the books are right. Call it when idle: every page must be free then."""
+        self._core.check_invariants()
+
+    def _submit(self, request: Request, events: Callable[[Request, StreamEvent], object], wait: bool = False) -> None:
+        """Queues a request. Where the queue is full: waits, or raises RequestError."""
+        if not self._queue.acquire(blocking=wait):
+            raise RequestError(
+                f"{self.limits.max_queue} requests are waiting, the most that max_queue allows; try again later"
+            )
+        request.events, request.release = events, self._queue.release
+        try:
+            self._core.submit(request)
+        except EngineError:
+            request.leave_queue()
+            raise
+        self._thread.wake()
+
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        unfinished = [request for request in requests if not request.finished]
+        for request in unfinished:
+            self._core.cancel(request)
+        if unfinished:
+            self._thread.wake()
+
+    def _checked(self, event: StreamEvent) -> StreamEvent:
+        if event.completion and event.completion.finish_reason == "error":
+            raise EngineError(f"the engine is dead: {self._core.failure}") from self._core.failure
+        return event

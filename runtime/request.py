@@ -1,0 +1,170 @@
+"""A request and its samples: all that serving one prompt keeps in mind on the host.
+
+Nothing here depends on the schedule: tokens, draw counters and penalty counts stay while a preempted sample's cache is
+given up, so computing it again leads to the same state.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tilewright.runtime.kv_cache import PageTable
+from tilewright.runtime.output import Output
+from tilewright.runtime.types import SamplingParams, StreamEvent, TokenStream
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = (1 << 64) - 1
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index`: the request's own for the first, SplitMix64's sequence after it for the others, so
+    that the first of n samples is the one that n = 1 gives. In 0..2**63-1. Steele, Lea and Flood 2014."""
+    if index == 0:
+        return seed
+    z = (seed + index * _GOLDEN) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (z ^ (z >> 31)) >> 1
+
+
+class TokenCounts:
+    """The distinct tokens of prompt and answer, sorted, and how often each stands in the answer. int32[c] both."""
+
+    def __init__(self, prompt: np.ndarray) -> None:
+        self.tokens = np.unique(prompt)
+        self.counts = np.zeros(len(self.tokens), np.int32)
+
+    def add(self, token: int) -> None:
+        at = int(np.searchsorted(self.tokens, token))
+        if at == len(self.tokens) or self.tokens[at] != token:
+            self.tokens = np.insert(self.tokens, at, token)
+            self.counts = np.insert(self.counts, at, 0)
+        self.counts[at] += 1
+
+
+@dataclass(frozen=True)
+class Biases:
+    """What is added to logits, sorted by token id: int32[e], float32[e]."""
+
+    tokens: np.ndarray
+    values: np.ndarray
+
+    @staticmethod
+    def of(bias: dict[int, float]) -> "Biases":
+        tokens = sorted(bias)
+        return Biases(np.array(tokens, np.int32), np.array([bias[t] for t in tokens], np.float32))
+
+
+def _ignore(request: "Request", event: StreamEvent) -> None:
+    """For a request that nobody listens to."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One submitted prompt. Times in seconds of the engine's clock.
+
+    prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
+    arrival: unique, in order of submission. events: called on the engine's thread, must not raise. release: called
+    once, when the request leaves the queue.
+    """
+
+    prompt: np.ndarray
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    max_tokens: int
+    arrival: int
+    load_s: float = 0.0
+    submitted_s: float = 0.0
+    started_s: float | None = None
+    events: Callable[["Request", StreamEvent], None] = _ignore
+    release: Callable[[], None] | None = None
+    samples: list["Sample"] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def deadline_s(self) -> float:
+        limit = self.params.deadline_s
+        return math.inf if limit is None else self.submitted_s + limit
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.output.completion for sample in self.samples)
+
+    @property
+    def biases(self) -> Biases:
+        return Biases.of(dict(self.params.logit_bias))
+
+    @property
+    def early_biases(self) -> Biases:
+        """The biases of a draw that must not end the sample."""
+        return Biases.of({**self.params.logit_bias, **dict.fromkeys(self.stop_ids, -math.inf)})
+
+    def start(self, now_s: float) -> None:
+        """Notes the first step, and leaves the queue."""
+        if self.started_s is None:
+            self.started_s = now_s
+            self.leave_queue()
+
+    def leave_queue(self) -> None:
+        release, self.release = self.release, None
+        if release is not None:
+            release()
+
+
+class Sample:
+    """One of a request's n samples, and the unit of scheduling: its tokens, its pages, its part of the sampler's state.
+
+    Until the first draw, sample 0 computes the prompt for all (width n) and the others hold nothing.
+    """
+
+    __slots__ = (
+        "biases",
+        "computed",
+        "counts",
+        "drawn",
+        "early_biases",
+        "length",
+        "output",
+        "rank",
+        "request",
+        "seed",
+        "table",
+        "tokens",
+        "width",
+    )
+
+    def __init__(self, request: Request, index: int, stream: TokenStream | None) -> None:
+        params = request.params
+        self.request = request
+        self.rank = (-params.priority, request.arrival, index)
+        self.width = params.n if index == 0 else 0
+        self.seed = sample_seed(request.seed, index)
+        self.tokens = np.empty(request.prompt_tokens + request.max_tokens, np.int32)
+        self.tokens[: request.prompt_tokens] = request.prompt
+        self.length = request.prompt_tokens
+        self.computed = 0
+        self.drawn = 0
+        self.table = PageTable()
+        self.counts = TokenCounts(request.prompt) if params.penalised else None
+        self.biases = request.biases
+        self.early_biases = request.early_biases if params.min_tokens else self.biases
+        self.output = Output(request, index, stream)
+
+    @property
+    def bias(self) -> Biases:
+        """Of the next draw."""
+        return self.early_biases if self.drawn < self.request.params.min_tokens else self.biases
+
+    def append(self, token: int) -> None:
+        """Notes a drawn token."""
+        self.tokens[self.length] = token
+        self.length += 1
+        self.drawn += 1
+        if self.counts is not None:
+            self.counts.add(token)

@@ -1,0 +1,68 @@
+"""First come, first served, by priority: decodes of all, prompt chunks with what is left of the token budget.
+
+Running sequences go first, most senior first. Where pages run out, the most junior ones are preempted until the senior
+one fits; a sequence that has no junior waits in place. A new sequence is admitted when its whole prompt fits beside
+what the running prompts still need and one page for each running sequence to grow into; nobody overtakes the most
+senior waiting one. So the most senior sequence of all always moves on, and every one becomes the most senior in time.
+"""
+
+from dataclasses import dataclass
+
+from tilewright.runtime.kv_cache import pages_for
+from tilewright.runtime.scheduler.policy import C, Plan, View
+
+
+@dataclass(frozen=True)
+class FCFS:
+    def plan(self, view: View[C]) -> Plan[C]:
+        preempt, chunks, prompt_tokens = _continue(view)
+        if preempt or not view.waiting:
+            return Plan(preempt, [], chunks)
+        admitted = _admit(view, chunks, prompt_tokens)
+        return Plan([], [c for c, _ in admitted], chunks + admitted)
+
+
+def _continue(view: View[C]) -> tuple[list[C], list[tuple[C, int]], int]:
+    """-> whom to preempt, chunks of the others, tokens left for prompts."""
+    ledger, running = view.ledger, list(view.running)
+    decodes = sum(c.length - c.computed == 1 for c in running)
+    prompt_tokens = view.budget.max_tokens - decodes
+    preempt: list[C] = []
+    chunks: list[tuple[C, int]] = []
+    place = 0
+    while place < len(running):
+        candidate = running[place]
+        place += 1
+        left = candidate.length - candidate.computed
+        tokens = 1 if left == 1 else min(left, view.budget.max_chunk, prompt_tokens)
+        if tokens == 0:
+            continue
+        while not (fits := ledger.extend(candidate.table, candidate.computed, tokens)) and place < len(running):
+            preempt.append(junior := running.pop())
+            ledger.release(junior.table)
+        if fits:
+            chunks.append((candidate, tokens))
+            prompt_tokens -= tokens if left > 1 else 0
+    return preempt, chunks, prompt_tokens
+
+
+def _admit(view: View[C], chunks: list[tuple[C, int]], prompt_tokens: int) -> list[tuple[C, int]]:
+    """First chunks of the waiting sequences that can start now."""
+    ledger, page_size = view.ledger, view.ledger.page_size
+    planned = {c.rank: tokens for c, tokens in chunks}
+    promised = len(view.running)  # pages that others will want: one to grow into, and the rest of their prompts
+    for c in view.running:
+        promised += pages_for(c.length, page_size) - pages_for(c.computed + planned.get(c.rank, 0), page_size)
+    places = view.budget.max_batch - sum(c.width for c in view.running)
+    admitted: list[tuple[C, int]] = []
+    for candidate in view.waiting:
+        need = pages_for(candidate.length, page_size)
+        tokens = min(candidate.length, view.budget.max_chunk, prompt_tokens)
+        if candidate.width > places or need + promised > ledger.free or tokens == 0:
+            break
+        ledger.extend(candidate.table, 0, tokens)
+        admitted.append((candidate, tokens))
+        prompt_tokens -= tokens
+        places -= candidate.width
+        promised += 1 + need - pages_for(tokens, page_size)
+    return admitted

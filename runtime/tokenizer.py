@@ -1,0 +1,147 @@
+"""Text and conversations to tokens and back, by the `tokenizers` library and a sandboxed chat template.
+
+Both libraries are loaded on first use of this module's class, not with the package.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from tilewright.compiler.errors import ModelError, RequestError
+from tilewright.runtime.detokenizer import ByteLevelStream, Detokenizer, WindowStream
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    tokenizer_json: Hugging Face's file as text. stop_token_ids: end of sequence, end of turn. add_bos: a text that
+    starts no chat begins with `bos_token`, even where the file's own post-processor does not add it.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        *,
+        chat_template: str | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_bos: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        import tokenizers
+
+        try:
+            self._settings = json.loads(tokenizer_json)
+            self._library = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"tokenizer.json can't be read ({error}); fetch or convert the model again") from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._bos_id = self._library.token_to_id(bos_token) if add_bos and bos_token else None
+        self.chat_template, self.bos_token, self.eos_token = chat_template, bos_token, eos_token
+        self.stop_token_ids = tuple(stop_token_ids)
+
+    @classmethod
+    def from_settings(cls, tokenizer_json: str, settings: Mapping[str, Any]) -> "Tokenizer":
+        """settings: the keyword arguments as plain data; others and missing ones are left at their defaults."""
+        names = ("chat_template", "bos_token", "eos_token", "add_bos", "stop_token_ids")
+        return cls(tokenizer_json, **{name: settings[name] for name in names if settings.get(name) is not None})
+
+    @property
+    def vocab_size(self) -> int:
+        return self._library.get_vocab_size()
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. special_tokens: with what begins and ends a text (a chat template writes its own)."""
+        ids = self._library.encode(text, add_special_tokens=special_tokens).ids
+        if special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
+            ids = [self._bos_id, *ids]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that the model is to continue."""
+        return self.encode(self.apply_chat_template(messages), special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of all tokens, special ones left out."""
+        return self._library.decode(list(ids))
+
+    def detokenizer(self) -> ByteLevelStream | WindowStream:
+        """A new stream: pushed one by one, tokens give the same text as `decode`."""
+        return self._detokenizer.stream()
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The conversation as the model was taught to read it. variables: what else the template knows of."""
+        if self._template is None:
+            raise RequestError("this model has no chat template; give a plain prompt with --raw")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+                raise RequestError(f"message {message!r} is no chat message; give a role and a content")
+        names = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", "tools": None, "documents": None}
+        names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(**(names | variables))
+        except Exception as error:  # a template may run into anything, and says with raise_exception what it refuses
+            raise RequestError(
+                f"the chat template refuses these messages ({error}); change their roles or order, or use --raw"
+            ) from None
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._library, self._settings)
+
+    @cached_property
+    def _template(self) -> Any:
+        return None if self.chat_template is None else _compile_template(self.chat_template)
+
+
+def _compile_template(source: str) -> Any:
+    """The template in the environment that Hugging Face's chat templates are written for, without access to Python."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_extension()]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"the model's chat template is broken (line {error.lineno}: {error.message}); use a plain prompt with --raw"
+        ) from None
+
+
+def _generation_extension() -> type:
+    """{% generation %} ... {% endgeneration %} marks the assistant's words for training; here it is only its body."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """Plain JSON: jinja2's own filter escapes for HTML, which no model was taught."""
+    return json.dumps(value, ensure_ascii=options.get("ensure_ascii", False), indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

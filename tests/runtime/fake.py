@@ -1,0 +1,231 @@
+"""A device that can be reasoned about: its "model" hashes the tokens that it finds through the page table.
+
+It really keeps every token and position in page slots and reads them back through page_indices, so a wrong page table,
+slot, length or copy changes tokens or trips a check. Draws depend on all that the sampler's arrays say. `expected`
+computes the same answer for one sample straight from its tokens, without engine, pages or batches.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
+from tilewright.runtime.core import EngineCore
+from tilewright.runtime.intake import Intake, Prompt, resolve_limits
+from tilewright.runtime.request import Request, sample_seed
+from tilewright.runtime.scheduler.fcfs import FCFS
+from tilewright.runtime.scheduler.policy import Policy
+from tilewright.runtime.types import (
+    Completion,
+    DeviceLimits,
+    EngineLimits,
+    SamplingParams,
+    StepBatch,
+    StepResult,
+    StreamEvent,
+    TextCodec,
+)
+
+LIMITS = DeviceLimits(
+    max_batch=8, max_tokens=64, max_context=96, page_size=4, num_pages=64, vocab_size=50, top_logprobs=3
+)
+
+
+@dataclass
+class VirtualClock:
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass(frozen=True)
+class LinearCosts:
+    """A step that costs something in itself and something for each token, sequence and cached token."""
+
+    def step_s(self, tokens: int, sequences: int, kv_tokens: int) -> float:
+        return 1e-3 + 1e-4 * tokens + 1e-5 * sequences + 1e-6 * kv_tokens
+
+
+@dataclass
+class FakeModel:
+    """An executor in numpy. The clock moves on by what `costs` predict for each step."""
+
+    limits: DeviceLimits = LIMITS
+    tokenizer: TextCodec | None = None
+    clock: VirtualClock = field(default_factory=VirtualClock)
+    costs: LinearCosts = field(default_factory=LinearCosts)
+    load_s: float = 0.5
+    steps: list[tuple[int, int]] = field(default_factory=list)  # tokens, sequences
+
+    def __post_init__(self) -> None:
+        slots = self.limits.num_pages * self.limits.page_size
+        self._tokens = np.full(slots, -1, np.int64)
+        self._positions = np.full(slots, -1, np.int64)
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        sources, targets = {s for s, _ in pairs}, [t for _, t in pairs]
+        assert not sources & set(targets) and len(set(targets)) == len(targets), "copies depend on their order"
+        for source, target in pairs:
+            for store in (self._tokens, self._positions):
+                store[self._slots(target)] = store[self._slots(source)]
+
+    def step(self, batch: StepBatch) -> StepResult:
+        check_batch(batch, self.limits)
+        self._tokens[batch.slots] = batch.tokens
+        self._positions[batch.slots] = batch.positions
+        contexts = [self._read(batch, i) for i in range(len(batch.kv_len))]
+        owner = np.searchsorted(batch.indptr, batch.rows, side="right") - 1
+        drawn = [draw_row(contexts[i][: batch.positions[row] + 1], batch, r, self.limits.vocab_size)
+                 for r, (i, row) in enumerate(zip(owner, batch.rows, strict=True))]  # fmt: skip
+        self.steps.append((len(batch.tokens), len(batch.kv_len)))
+        self.clock.now_s += self.costs.step_s(len(batch.tokens), len(batch.kv_len), int(batch.kv_len.sum()))
+        return result_of(drawn, self.limits)
+
+    def _slots(self, page: int) -> slice:
+        return slice(page * self.limits.page_size, (page + 1) * self.limits.page_size)
+
+    def _read(self, batch: StepBatch, i: int) -> np.ndarray:
+        """All tokens of sequence i, read back through its pages."""
+        pages = batch.page_indices[batch.page_indptr[i] : batch.page_indptr[i + 1]]
+        slots = (pages[:, None] * self.limits.page_size + np.arange(self.limits.page_size)).ravel()
+        length = batch.kv_len[i]
+        assert len(slots) - self.limits.page_size < length <= len(slots), "kv_len does not fit the page table"
+        assert (self._positions[slots[:length]] == np.arange(length)).all(), "a page holds other positions"
+        tokens = self._tokens[slots[:length]]
+        new = slice(batch.indptr[i], batch.indptr[i + 1])
+        assert (tokens[length - (new.stop - new.start) :] == batch.tokens[new]).all(), "new tokens are not in the cache"
+        return tokens
+
+
+def check_batch(batch: StepBatch, limits: DeviceLimits) -> None:
+    """Shapes and dtypes as the two tables say, indptrs consistent, within the limits."""
+    extents: dict[str, int] = {}
+    for name, (shape, dtype) in (STEP_INPUTS | SAMPLING_INPUTS).items():
+        array = getattr(batch, name)
+        assert array.ndim == 1 and array.dtype == dtype, f"{name} is {array.dtype}{array.shape}"
+        size = len(array) - shape.endswith("+1")
+        symbol = shape.removesuffix("+1")
+        assert extents.setdefault(symbol, size) == size, f"{name} has {symbol} = {size}, not {extents[symbol]}"
+    assert 1 <= extents["t"] <= limits.max_tokens and extents["b"] <= limits.max_batch
+    assert extents["r"] <= limits.max_batch
+    ends = {"indptr": "t", "page_indptr": "p", "penalty_indptr": "c", "bias_indptr": "e"}
+    for name, total in ends.items():
+        indptr = getattr(batch, name)
+        assert indptr[0] == 0 and indptr[-1] == extents[total] and (np.diff(indptr) >= 0).all(), name
+    assert (np.diff(batch.indptr) > 0).all(), "a sequence has no tokens"
+    for i, (begin, end) in enumerate(pairwise(batch.indptr)):
+        new = np.arange(batch.kv_len[i] - (end - begin), batch.kv_len[i])
+        assert (batch.positions[begin:end] == new).all(), "positions do not end at kv_len"
+    assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens are written to one slot"
+    assert (batch.slots >= 0).all() and (batch.slots < limits.num_pages * limits.page_size).all()
+
+
+def draw_row(context: np.ndarray, batch: StepBatch, row: int, vocab: int) -> int:
+    listed = slice(batch.penalty_indptr[row], batch.penalty_indptr[row + 1])
+    biased = slice(batch.bias_indptr[row], batch.bias_indptr[row + 1])
+    tokens, counts = batch.penalty_tokens[listed], batch.penalty_counts[listed]
+    bias_tokens = batch.bias_tokens[biased]
+    assert (np.diff(bias_tokens) > 0).all(), "biases are not sorted"
+    penalties = [float(getattr(batch, f"{n}_penalty")[row]) for n in ("repetition", "presence", "frequency")]
+    if penalties != [1, 0, 0]:
+        output = context[len(context) - batch.draws[row] :]
+        assert (tokens == np.unique(context)).all(), "the penalty list is not the distinct tokens"
+        assert (counts == [(output == t).sum() for t in tokens]).all(), "the penalty counts are wrong"
+    else:
+        assert not len(tokens)
+    settings = [float(getattr(batch, n)[row]) for n in ("temperature", "top_p", "min_p")] + [int(batch.top_k[row])]
+    return draw(
+        context.tolist(),
+        [*settings, *penalties],
+        int(batch.seeds[row]),
+        int(batch.draws[row]),
+        dict(zip(bias_tokens.tolist(), batch.bias_values[biased].tolist(), strict=True)),
+        vocab,
+    )
+
+
+def draw(
+    context: list[int], settings: list[float], seed: int, draws: int, bias: dict[int, float], vocab: int
+) -> int:
+    """The next token: a hash of all that it may depend on, moved on past banned tokens. Greedy ignores the seed."""
+    stream = [seed, draws] if settings[0] else []
+    plain = sorted((t, v) for t, v in bias.items() if v != -math.inf)
+    text = repr((context, settings, stream, plain))
+    token = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % vocab
+    while bias.get(token) == -math.inf:
+        token = (token + 1) % vocab
+    return token
+
+
+def result_of(tokens: list[int], limits: DeviceLimits) -> StepResult:
+    ids = np.array(tokens, np.int32)
+    top = (ids[:, None] + np.arange(limits.top_logprobs, dtype=np.int32)) % limits.vocab_size
+    return StepResult(ids, -ids.astype(np.float32), top.astype(np.int32), -top.astype(np.float32))
+
+
+def expected(
+    prompt: list[int],
+    params: SamplingParams,
+    index: int = 0,
+    seed: int = 0,
+    stop_ids: tuple[int, ...] = (),
+    limits: DeviceLimits = LIMITS,
+) -> list[int]:
+    """The tokens of one sample, computed straight from its definition."""
+    own = sample_seed(seed if params.seed is None else params.seed, index)
+    names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    settings = [float(np.float32(getattr(params, n))) if n != "top_k" else params.top_k for n in names]
+    stops = {*stop_ids, *params.stop_token_ids}
+    room = min(limits.max_context, limits.num_pages * limits.page_size) - len(prompt)
+    answer: list[int] = []
+    while len(answer) < (params.max_tokens or room) and not (answer and answer[-1] in stops):
+        bias = {t: float(np.float32(v)) for t, v in params.logit_bias.items()}
+        if len(answer) < params.min_tokens:
+            bias |= dict.fromkeys(stops, -math.inf)
+        answer.append(draw([*prompt, *answer], settings, own, len(answer), bias, limits.vocab_size))
+    return answer
+
+
+class Bench:
+    """A core on the fake device, turned by hand."""
+
+    def __init__(
+        self, device: DeviceLimits = LIMITS, limits: EngineLimits | None = None, policy: Policy | None = None,
+        tokenizer: TextCodec | None = None,
+    ) -> None:  # fmt: skip
+        self.model = FakeModel(device, tokenizer)
+        budget, capacity = resolve_limits(limits or EngineLimits(), device)
+        self.core = EngineCore(self.model, budget, policy or FCFS(), self.model.costs, self.model.clock)
+        self.intake = Intake(device, budget, capacity, tokenizer, self.model.load_s, entropy=lambda: 0)
+        self.events: list[tuple[Request, StreamEvent]] = []
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+        request = self.intake.request(prompt, params)
+        request.events = lambda *event: self.events.append(event)
+        request.submitted_s = self.core.clock()
+        self.core.submit(request)
+        return request
+
+    def run(self, most: int = 100_000) -> None:
+        """Turns until idle; fails where that takes more than `most` turns."""
+        for _ in range(most):
+            if not self.core.busy:
+                break
+            self.core.turn()
+        assert not self.core.busy, "the engine does not come to rest"
+        self.core.check_invariants()
+        assert self.core.pool.free == self.model.limits.num_pages, "pages are leaked"
+
+    def complete(self, prompt: Prompt, params: SamplingParams) -> list[Completion]:
+        request = self.submit(prompt, params)
+        self.run()
+        return completions(request)
+
+
+def completions(request: Request) -> list[Completion]:
+    assert request.finished
+    return [sample.output.completion for sample in request.samples if sample.output.completion]
