@@ -24,11 +24,10 @@ _SMALLEST = 1e-30  # a block whose magnitudes are all below counts as zero: 127 
 
 def quantize_block(values: Sequence[Expr]) -> tuple[list[Expr], Expr, Expr]:
     """Two float32x16 -> two int32x16 in -127..127, the scale amax / 127, and their int32 sum. Ties go to even."""
-    low, high = values
-    amax = isa.max_lanes(isa.maximum(isa.absolute(low), isa.absolute(high)))
-    some = amax > T.float32(_SMALLEST)
-    scale = T.bind(T.Select(some, amax * T.float32(1.0 / 127.0), T.float32(0.0)))
-    inverse = T.bind(T.Select(some, T.float32(127.0) / amax, T.float32(0.0)))
+    amax = T.bind(isa.max_magnitude(values))
+    nothing = amax < T.float32(_SMALLEST)  # not so for NaN, which stays visible in the scale
+    scale = T.bind(T.Select(nothing, T.float32(0.0), amax * T.float32(1.0 / 127.0)))
+    inverse = T.bind(T.Select(nothing, T.float32(0.0), T.float32(127.0) / amax))
     q = [T.bind(T.cast(isa.round_even(v * isa.splat(inverse)), isa.I32)) for v in values]
     return q, scale, isa.sum_lanes_i32(q[0] + q[1])
 

@@ -208,7 +208,7 @@ _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 def exp(x: Expr) -> Expr:
     """e^x, relative error below 2e-7, never subnormal: exactly zero below -87.7 (x is clamped to [-88, 87])."""
-    x = minimum(maximum(x, splat(-88.0)), splat(87.0))
+    x = minimum(splat(87.0), maximum(splat(-88.0), x))  # in this order NaN passes
     n = round_even(x * splat(1.4426950408889634))
     r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
     p = splat(_EXP_TERMS[0])
