@@ -34,38 +34,45 @@ def error(text: str) -> None:
 
 
 def table(title: str, *columns: str, numeric: Sequence[str] = ()) -> Table:
-    """An empty table; the columns named in `numeric` are aligned to the right."""
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    """An empty table; the columns named in `numeric` are aligned to the right. Without column names it has no head."""
+    result = Table(title=title, header_style="bold", box=None, pad_edge=False, show_header=any(columns))
     for column in columns:
         result.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return result
 
 
 def show(*tables: Table) -> None:
-    """Prints tables to stdout, one empty line between them."""
+    """Prints tables to stdout, each below its title, an empty line between them."""
     console = out()
-    for i, each in enumerate(tables):
-        if i:
-            console.print()
-        console.print(each)
+    with console.capture() as printed:
+        for i, each in enumerate(tables):
+            if i:
+                console.print()
+            # Apart from the table, which would wrap a title that is longer than its rows.
+            console.print(str(each.title), style="bold", markup=False, soft_wrap=True)
+            each.title = None
+            console.print(each)
+    # Written here, since rich ends the program by itself where the reader has gone.
+    sys.stdout.write("\n".join(line.rstrip() for line in printed.get().split("\n")))
+    sys.stdout.flush()
 
 
 def size(count: float) -> str:
     """Bytes in decimal units, three digits: 98.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+    return _scaled(count, ("B", "kB", "MB", "GB"))
 
 
 def amount(count: float) -> str:
     """Operations in decimal units, three digits: 270 M."""
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000 or unit == "T":
-            break
+    return _scaled(count, ("", "k", "M", "G", "T")).rstrip()
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    scale = 0
+    while round(count) >= 1000 and scale < len(units) - 1:
         count /= 1000
-    return f"{count:.3g} {unit}".rstrip()
+        scale += 1
+    return f"{count:.0f} {units[scale]}" if count >= 100 or not scale else f"{count:.3g} {units[scale]}"
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from tilewright import console
@@ -14,6 +14,7 @@ from tilewright.compiler.progress import Progress
 Report = Callable[[Progress], None]
 
 _LABELS = {
+    "download": "downloading",
     "passes": "passes",
     "kernels": "kernels compiled",
     "weights": "weights packed",
@@ -33,7 +34,7 @@ def compile_progress() -> Iterator[Report]:
     bars = Bars(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[detail]}"),
@@ -52,12 +53,13 @@ class _BarProgress:
 
     def __call__(self, progress: Progress) -> None:
         if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bars.add_task(_LABELS[progress.stage], detail="")
+            self._tasks[progress.stage] = self._bars.add_task(_LABELS[progress.stage], count="", detail="")
         detail = progress.detail if progress.done < progress.total else ""
         self._bars.update(
             self._tasks[progress.stage],  # type: ignore[arg-type]
             completed=progress.done,
             total=progress.total,
+            count=_count(progress),
             detail=_plain(detail),
         )
 
@@ -83,7 +85,7 @@ class PlainProgress:
             self._print(progress, now)
 
     def _print(self, progress: Progress, now: float) -> None:
-        line = f"{_LABELS[progress.stage]}: {progress.done} of {progress.total}"
+        line = f"{_LABELS[progress.stage]}: {_count(progress)}"
         elapsed = now - self._started
         if progress.done == progress.total:
             line += f" in {console.duration(elapsed)}"
@@ -91,6 +93,13 @@ class PlainProgress:
             remaining = elapsed / progress.done * (progress.total - progress.done)
             line += f" after {console.duration(elapsed)}, about {console.duration(remaining)} left"
         self._stream.print(line, markup=False)
+
+
+def _count(progress: Progress) -> str:
+    """Downloads count bytes, all else whole things."""
+    if progress.stage == "download":
+        return f"{console.size(progress.done)} of {console.size(progress.total)}"
+    return f"{progress.done} of {progress.total}"
 
 
 def _plain(text: str) -> str:

@@ -32,7 +32,7 @@ def decode_floor(artifact: Artifact) -> StepFloor:
 
 def show_summary(artifact: Artifact) -> None:
     """What `compile` says at the end: place, size, kernels, floor, warnings."""
-    table = _facts(str(artifact.path))
+    table = console.table(str(artifact.path), "", "")
     table.add_row("size", console.size(artifact.bytes))
     table.add_row("kernels", str(len(artifact.manifest.kernels)))
     table.add_row("floor", _floor_words(artifact))
@@ -50,7 +50,7 @@ def show_warnings(manifest: Manifest) -> None:
 def manifest_table(artifact: Artifact) -> Table:
     """What the artifact is: model, target, limits, provenance."""
     manifest = artifact.manifest
-    table = _facts(manifest.name)
+    table = console.table(manifest.name, "", "")
     rows = {
         "place": artifact.path,
         "size": console.size(artifact.bytes),
@@ -90,18 +90,11 @@ def kernel_table(manifest: Manifest) -> Table:
 
 def memory_table(manifest: Manifest) -> Table:
     """What serving takes: weights, workspace, and the KV cache by page and by token."""
-    table = console.table("Memory", "", "size", numeric=("size",))
-    table.show_header = False
+    table = console.table("Memory", "", "")
     for name, count in manifest.memory.items():
         table.add_row(name.removesuffix("_bytes").replace("_", " "), console.size(count))
     slots = manifest.limits["page_size"]
     table.add_row(f"KV cache of a token ({slots} a page)", console.size(manifest.memory["page_bytes"] / slots))
-    return table
-
-
-def _facts(title: str) -> Table:
-    table = console.table(title, "", "")
-    table.show_header = False
     return table
 
 

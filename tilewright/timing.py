@@ -1,4 +1,4 @@
-"""What `bench` times: requests alone and many at once, on random prompts, each beside the floor of the machine's memory.
+"""What `bench` times: requests alone and many at once, on random prompts, beside the floor of the machine.
 
 Nothing is timed on wrong results: streams that run together must give the tokens that each gives alone.
 """
@@ -6,11 +6,11 @@ Nothing is timed on wrong results: streams that run together must give the token
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from tilewright import __version__
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.errors import UserError
 from tilewright.compiler.targets import host
@@ -97,7 +97,7 @@ def circumstances(session: Session, artifact: Artifact) -> dict[str, Any]:
         "threads": session.model.threads,
         "answer_tokens": ANSWER,
         "rounds": ROUNDS,
-        "tilewright": version("tilewright"),
+        "tilewright": __version__,
         "provenance": dict(manifest.provenance),
     }
 

@@ -30,7 +30,7 @@ def command(
     from tilewright.compiler.errors import UserError
     from tilewright.session import open_session
 
-    opened = Artifact.open(artifact)
+    opened = Artifact.open(artifact, check=False)  # loading checks it
     try:
         results = output.open("a", encoding="utf-8")
     except OSError as error:

@@ -12,7 +12,6 @@ def command(
     from tilewright import console, diagnosis
 
     machine = console.table("Machine", "", "")
-    machine.show_header = False
     for name, value in diagnosis.machine(measure).items():
         machine.add_row(name, value)
 

@@ -11,9 +11,11 @@ def command(artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A
     """Compare an artifact with the reference implementation, layer by layer; exit 1 where one is too far off."""
     from tilewright import console
     from tilewright.compiler.artifact import Artifact
+
+    opened = Artifact.open(artifact)  # before what is slow to load
     from tilewright.compiler.verify_artifact import verify
 
-    layers = verify(Artifact.open(artifact))
+    layers = verify(opened)
     table = console.table("Against the reference", "layer", "error", "allowed", "", numeric=("error", "allowed"))
     for layer in layers:
         verdict = "" if layer.error <= layer.allowed else "too far off"
