@@ -190,12 +190,16 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
                 peak = T.sblock_alloc_buffer((1,), "float32", scope="local")  # the largest score so far
                 total = T.sblock_alloc_buffer((1,), "float32", scope="local")  # sum of exp(score - peak)
                 page = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                for i in T.serial(indptr[s], indptr[s + 1]):
+                # Loops start at 0: TVM's CanonicalizeLoop forgets to shift a variable in the bounds of inner loops.
+                for query in T.serial(indptr[s + 1] - indptr[s]):
+                    i = T.meta_var(indptr[s] + query)
+                    first = T.meta_var(first_key(positions[i]))
                     peak[0] = T.float32(-3.0e38)
                     total[0] = T.float32(0)
                     for d in T.serial(dim):
                         out[i, h, d] = T.float32(0)
-                    for j in T.serial(first_key(positions[i]), T.min(positions[i] + 1, kv_len[s])):
+                    for key in T.serial(T.min(positions[i] + 1, kv_len[s]) - first):
+                        j = T.meta_var(first + key)
                         page[0] = page_indices[page_indptr[s] + j // page_size]
                         score[0] = T.float32(0)
                         for d in T.serial(dim):
