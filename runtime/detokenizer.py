@@ -8,6 +8,7 @@ replacement character at the end, because only runs of byte tokens are read join
 import codecs
 import re
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,22 +41,20 @@ class ByteLevelStream:
 class WindowStream:
     """One sample's text by a decoder of any kind.
 
-    decode: token ids -> text. is_byte: whether a token stands for one raw byte. skip: whether a token has no text.
+    decode: token ids -> text. spoken: tokens that have a text (known, not special). raw: those that stand for a byte.
     """
 
-    def __init__(
-        self, decode: Callable[[list[int]], str], is_byte: Callable[[int], bool], skip: Callable[[int], bool]
-    ) -> None:
-        self._decode, self._is_byte, self._skip = decode, is_byte, skip
+    def __init__(self, decode: Callable[[list[int]], str], spoken: frozenset[int], raw: frozenset[int]) -> None:
+        self._decode, self._spoken, self._raw = decode, spoken, raw
         self._context: list[int] = []  # emitted tokens that what follows is decoded behind
         self._before = ""  # their text
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        if self._skip(token):
+        if token not in self._spoken:
             return ""
         self._pending.append(token)
-        if self._is_byte(token):
+        if token in self._raw:
             return ""
         text = self._decode(self._context + self._pending)
         if text.endswith(_REPLACEMENT):
@@ -92,12 +91,16 @@ class Detokenizer:
         self._special = {t["id"] for t in settings.get("added_tokens", ()) if t.get("special")}
         self._byte_level = _is_byte_level(settings.get("decoder"))
         self._spellings: dict[int, bytes] = {}
-        self._bytes = {i for token, i in library.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)}
 
     def stream(self) -> ByteLevelStream | WindowStream:
         if self._byte_level:
             return ByteLevelStream(self._spell)
-        return WindowStream(self._library.decode, self._bytes.__contains__, self._special.__contains__)
+        return WindowStream(self._library.decode, *self._spoken_and_raw)
+
+    @cached_property
+    def _spoken_and_raw(self) -> tuple[frozenset[int], frozenset[int]]:
+        spoken = {i: token for token, i in self._library.get_vocab().items() if i not in self._special}
+        return frozenset(spoken), frozenset(i for i, token in spoken.items() if _BYTE_TOKEN.fullmatch(token))
 
     def _spell(self, token: int) -> bytes:
         spelling = self._spellings.get(token)

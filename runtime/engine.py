@@ -59,9 +59,7 @@ class Engine:
         params = params or SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
-            raise RequestError(
-                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one each"
-            )
+            raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one each")
         requests = [self._intake.request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
         events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
         unfinished = sum(len(request.samples) for request in requests)

@@ -148,9 +148,7 @@ def draw_row(context: np.ndarray, batch: StepBatch, row: int, vocab: int) -> int
     )
 
 
-def draw(
-    context: list[int], settings: list[float], seed: int, draws: int, bias: dict[int, float], vocab: int
-) -> int:
+def draw(context: list[int], settings: list[float], seed: int, draws: int, bias: dict[int, float], vocab: int) -> int:
     """The next token: a hash of all that it may depend on, moved on past banned tokens. Greedy ignores the seed."""
     stream = [seed, draws] if settings[0] else []
     plain = sorted((t, v) for t, v in bias.items() if v != -math.inf)

@@ -1,0 +1,266 @@
+"""The loop on the fake device: whatever the schedule, a request's tokens are those it gets alone."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.runtime.fake import LIMITS, Bench, completions, expected
+from tilewright.runtime.request import Request, Sample
+from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams
+
+
+def device(**changes: int) -> DeviceLimits:
+    return DeviceLimits(**{**LIMITS.__dict__, **changes})
+
+
+PROMPTS = st.lists(st.integers(0, LIMITS.vocab_size - 1), min_size=1, max_size=14)
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7]),
+    top_k=st.sampled_from([0, 5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    logit_bias=st.dictionaries(st.integers(0, 49), st.sampled_from([-float("inf"), 2.5]), max_size=3),
+    seed=st.integers(0, 2**63 - 1),
+    n=st.sampled_from([1, 1, 2, 3]),
+    stop_token_ids=st.sampled_from([(), (3, 17), tuple(range(10))]),
+    max_tokens=st.integers(1, 10),
+    min_tokens=st.sampled_from([0, 0, 1]),
+    logprobs=st.sampled_from([None, 0, 2]),
+)
+
+
+def check(request: Request, limits: DeviceLimits) -> None:
+    """Every sample of a finished request says what it says alone, or the beginning of it if it was ended early."""
+    prompt = request.prompt.tolist()
+    for index, completion in enumerate(completions(request)):
+        alone = expected(prompt, request.params, index, limits=limits)
+        said = list(completion.token_ids)
+        if completion.finish_reason in ("cancelled", "deadline"):
+            assert said == alone[: len(said)]
+            continue
+        assert said == alone
+        ended = said[-1] in request.params.stop_token_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+        wanted = request.params.logprobs
+        assert (completion.logprobs is None) == (wanted is None)
+        for token, logprob in zip(said, completion.logprobs or (), strict=wanted is not None):
+            assert (logprob.token_id, logprob.logprob, len(logprob.top)) == (token, -token, wanted)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Arrivals, cancels, deadlines and forks at random, on a device and a pool of random size."""
+
+    @initialize(
+        pages=st.integers(6, 24),
+        batch=st.integers(3, 8),
+        tokens=st.integers(8, 40),
+        chunk=st.sampled_from([1, 2, 7, None]),
+    )
+    def boot(self, pages: int, batch: int, tokens: int, chunk: int | None) -> None:
+        self.limits = device(num_pages=pages, max_batch=batch, max_tokens=tokens)
+        self.bench = Bench(self.limits, EngineLimits(max_chunk=chunk))
+        self.requests: list[Request] = []
+        self.work = 0
+
+    @rule(prompt=PROMPTS, params=PARAMS)
+    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+        self.requests.append(self.bench.submit(prompt, params))
+        self.work += params.n * (len(prompt) + params.max_tokens)
+
+    @rule(prompt=PROMPTS, after_s=st.floats(1e-3, 0.1))
+    def submit_with_deadline(self, prompt: list[int], after_s: float) -> None:
+        self.submit(prompt, SamplingParams(max_tokens=8, n=2, seed=1, deadline_s=after_s))
+
+    @precondition(lambda self: self.requests)
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which: int) -> None:
+        self.bench.core.cancel(self.requests[which % len(self.requests)])
+
+    @rule(turns=st.integers(1, 12))
+    def turn(self, turns: int) -> None:
+        core = self.bench.core
+        for _ in range(turns):
+            senior = self.most_senior()
+            before = (senior.length, senior.computed) if senior else (0, 0)
+            core.turn()
+            core.check_invariants()
+            if senior and not senior.output.completion:
+                assert (senior.length, senior.computed) > before, "the oldest sample did not move on"
+
+    def most_senior(self) -> Sample | None:
+        """Of the samples that have not ended; the parts of a request count from its first draw on."""
+        live = [s for r in self.requests for s in r.samples if s.width and not s.output.completion]
+        return min(live, key=lambda s: s.rank, default=None)
+
+    @invariant()
+    def times_are_kept(self) -> None:
+        now_s = self.bench.core.clock()
+        for request in self.requests:
+            for sample in request.samples:
+                done = sample.output.completion
+                assert done or request.deadline_s > now_s - 1, "a deadline was missed by a second"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        self.bench.run(most=self.work + 1)
+        for request in self.requests:
+            check(request, self.limits)
+        reasons = [e.completion.finish_reason for _, e in self.bench.events if e.completion]
+        assert len(reasons) == sum(r.params.n for r in self.requests), "a sample ended twice, or never"
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+@pytest.mark.parametrize("pages", [8, 20, 64], ids="pages{}".format)
+def test_chunks_and_preemption_change_nothing(chunk: int | None, pages: int) -> None:
+    limits = device(num_pages=pages)
+    bench = Bench(limits, EngineLimits(max_chunk=chunk))
+    requests = [
+        bench.submit(
+            [(7 * i + j) % 50 for j in range(1 + 3 * i % 17)],
+            SamplingParams(temperature=i % 2, seed=i, n=1 + i % 3, max_tokens=12, frequency_penalty=i % 2),
+        )
+        for i in range(16)
+    ]
+    bench.run()
+    for request in requests:
+        check(request, limits)
+    assert (bench.core.stats.preemptions > 0) == (pages < 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    arrivals=st.lists(st.tuples(PROMPTS, st.integers(-2, 2), st.integers(0, 4)), min_size=2, max_size=12),
+    pages=st.integers(7, 20),
+)
+def test_priorities_change_the_order_only(arrivals: list[tuple[list[int], int, int]], pages: int) -> None:
+    limits = device(num_pages=pages, max_batch=3)
+    bench = Bench(limits)
+    requests = []
+    for prompt, priority, turns in arrivals:
+        requests.append(bench.submit(prompt, SamplingParams(max_tokens=9, priority=priority, seed=5, n=2)))
+        for _ in range(turns):
+            bench.core.turn()
+            bench.core.check_invariants()
+    bench.run()
+    for request in requests:
+        check(request, limits)
+
+
+def test_higher_priority_starts_first() -> None:
+    bench = Bench(device(max_batch=1))
+    low, high = (bench.submit([1, 2], SamplingParams(max_tokens=3, priority=p, seed=0)) for p in (0, 1))
+    bench.run()
+    ended = [request for request, event in bench.events if event.completion]
+    assert ended == [high, low]
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_pages() -> None:
+    bench = Bench()
+    prompt = list(range(10))  # two and a half pages
+    request = bench.submit(prompt, SamplingParams(n=4, seed=9, max_tokens=2, temperature=1))
+    bench.core.turn()
+    assert bench.model.steps == [(10, 1)] and request.samples[3].drawn == 1
+    assert bench.model.limits.num_pages - bench.core.pool.free == 3
+    bench.core.turn()
+    assert bench.model.steps[1] == (4, 4)
+    assert bench.core.stats.copied_pages == 3, "the last holder of a shared page need not copy it"
+    bench.run()
+    answers = [c.token_ids for c in completions(request)]
+    assert answers == [tuple(expected(prompt, request.params, i)) for i in range(4)]
+    assert len(set(answers)) == 4, "samples draw from streams of their own"
+
+
+def test_the_first_of_n_samples_is_the_only_one_of_one() -> None:
+    [alone] = Bench().complete([1, 2, 3], SamplingParams(seed=4, max_tokens=5))
+    first, second = Bench().complete([1, 2, 3], SamplingParams(seed=4, max_tokens=5, n=2))
+    assert alone.token_ids == first.token_ids != second.token_ids
+
+
+def test_prompt_chunks_and_decodes_share_a_step_within_the_budget() -> None:
+    bench = Bench(limits=EngineLimits(max_tokens=10, max_batch=4))
+    first = bench.submit([1], SamplingParams(max_tokens=20, seed=0))
+    bench.core.turn()
+    bench.submit(list(range(25)), SamplingParams(max_tokens=2, seed=0))
+    bench.core.turn()
+    assert bench.model.steps == [(1, 1), (10, 2)], "one token of decode, nine of the new prompt"
+    bench.run()
+    assert len(completions(first)[0].token_ids) == 20
+
+
+def test_a_sample_preempted_while_its_siblings_run_comes_back() -> None:
+    limits = device(num_pages=5, max_context=20)  # 20 slots; three samples of 8 + 9 tokens want 5 pages each
+    bench = Bench(limits)
+    request = bench.submit(list(range(8)), SamplingParams(n=3, seed=1, max_tokens=10))
+    bench.run()
+    check(request, limits)
+    assert bench.core.stats.preemptions > 0
+
+
+def test_minimum_length_bans_stop_tokens_until_then() -> None:
+    every = tuple(range(1, 50))
+    [c] = Bench().complete([5], SamplingParams(stop_token_ids=every, min_tokens=4, max_tokens=9, seed=0))
+    assert c.token_ids[:4] == (0, 0, 0, 0) and len(c.token_ids) == 5 and c.finish_reason == "stop"
+
+
+def test_cancelled_before_during_and_after() -> None:
+    bench = Bench()
+    early, running, done = (bench.submit([i], SamplingParams(max_tokens=30, n=2, seed=i)) for i in range(3))
+    bench.core.cancel(early)
+    for _ in range(5):
+        bench.core.turn()
+    bench.core.cancel(running)
+    bench.run()
+    bench.core.cancel(done)
+    bench.run()
+    assert [c.finish_reason for r in (early, running, done) for c in completions(r)] == ["cancelled"] * 4 + [
+        "length"
+    ] * 2
+    assert [len(completions(r)[0].token_ids) for r in (early, running, done)] == [0, 5, 30]
+
+
+def test_deadline_and_timings_follow_the_clock() -> None:
+    bench = Bench(limits=EngineLimits(max_chunk=1))
+    request = bench.submit([1, 2, 3], SamplingParams(max_tokens=90, seed=0, deadline_s=0.02))
+    bench.run()
+    [completion] = completions(request)
+    assert completion.finish_reason == "deadline"
+    assert 0.02 <= bench.model.clock.now_s < 0.022
+    times = completion.timings
+    assert times.load_s == 0.5 and times.queue_ms == 0
+    assert times.ttft_ms == pytest.approx(1e3 * sum(1.11e-3 + 1e-6 * k for k in (1, 2, 3)))
+    assert times.itl_ms == pytest.approx(1.12, abs=0.01)
+
+
+def test_nothing_is_lost_when_the_device_fails() -> None:
+    bench = Bench(device(max_batch=2))
+    requests = [bench.submit([i], SamplingParams(max_tokens=5, seed=0)) for i in range(4)]
+    bench.core.turn()
+    requests.append(bench.submit([9], SamplingParams(max_tokens=5)))
+    bench.model.step = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        bench.core.turn()
+    assert [c.finish_reason for r in requests for c in completions(r)] == ["error"] * 5
+    assert isinstance(bench.core.failure, TypeError)
+    with pytest.raises(RuntimeError, match="engine is dead"):
+        bench.submit([1], SamplingParams())
+
+
+def test_a_policy_that_does_nothing_is_an_error_not_a_hang() -> None:
+    class Idle:
+        def plan(self, view):
+            from tilewright.runtime.scheduler.policy import Plan
+
+            return Plan([], [], [])
+
+    bench = Bench(policy=Idle())
+    bench.submit([1], SamplingParams())
+    with pytest.raises(RuntimeError, match="computes nothing with 1"):
+        bench.core.turn()
