@@ -150,14 +150,21 @@ def fma_scalar(a: Expr, b: Expr, c: Expr) -> Expr:
     return _call("float32", "llvm.fma.f32", a, b, c)
 
 
+def _hidden(value: Expr) -> Expr:
+    """A vector as a fresh symbol (see `settled`): selections nested in an exp otherwise cost 15 seconds to compile."""
+    cell = registers()
+    store(cell, value, 0)
+    return load(cell, 0)
+
+
 def maximum(a: Expr, b: Expr) -> Expr:
     """a > b ? a : b, so b where either is NaN: one instruction, which the NaN rules of IEEE's maximum are not."""
-    return T.bind(T.Select(a > b, a, b))
+    return _hidden(T.Select(a > b, a, b))
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
     """a < b ? a : b, so b where either is NaN."""
-    return T.bind(T.Select(a < b, a, b))
+    return _hidden(T.Select(a < b, a, b))
 
 
 def absolute(a: Expr) -> Expr:
