@@ -4,8 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 import transformers
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 _CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -97,10 +102,73 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> transformers.Pre
 
 
 def make_checkpoint(tmp_path: Path, family: str, dtype: str = "float32", **overrides: Any) -> Path:
-    """The directory, under `tmp_path`, of a saved `make_model(family, **overrides)`; dtype: float32, float16, bfloat16."""
+    """The directory, under `tmp_path`, of a saved `make_model(family, **overrides)` in float32, float16 or bfloat16."""
     path = tmp_path / family
     make_model(family, **overrides).to(getattr(torch, dtype)).save_pretrained(path)
     return path
+
+
+def make_gguf(tmp_path: Path, family: str, weight_type: str = "F32", seed: int = 0, **overrides: Any) -> Path:
+    """The file, under `tmp_path`, of `make_model(family, ...)` as llama.cpp's converter writes it.
+
+    `weight_type` is the ggml type of the matrices ("Q4_1"); vectors are always F32.
+    """
+    path = tmp_path / f"{family}.gguf"
+    writer = gguf_writer(path, family, weight_type, seed, **overrides)
+    finish_gguf(writer)
+    return path
+
+
+def gguf_writer(path: Path, family: str, weight_type: str = "F32", seed: int = 0, **overrides: Any) -> gguf.GGUFWriter:
+    """A writer that holds configuration and weights, for more metadata; end with `finish_gguf`."""
+    model = make_model(family, seed, **overrides)
+    writer = gguf.GGUFWriter(path, "llama" if family == "mistral" else family)
+    _write_metadata(writer, model.config)
+    for name, parameter in model.named_parameters():
+        _write_tensor(writer, family, name, parameter.detach().numpy(), model.config, weight_type)
+    return writer
+
+
+def finish_gguf(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_metadata(writer: gguf.GGUFWriter, c: Any) -> None:
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer.add_name("Tiny")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    rope = c.rope_parameters.get("full_attention", c.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if getattr(c, "layer_types", None) and c.model_type == "gemma3_text":
+        writer.add_sliding_window(c.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in c.layer_types])
+
+
+def _write_tensor(
+    writer: gguf.GGUFWriter, family: str, name: str, array: np.ndarray, config: Any, weight_type: str
+) -> None:
+    if family == "gemma3" and name.endswith("norm.weight"):
+        array = array + np.float32(1)
+    if family in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
+        # Rotary halves -> interleaved pairs, as llama.cpp reads them.
+        pairs = array.reshape(-1, 2, config.head_dim // 2, *array.shape[1:])
+        array = pairs.swapaxes(1, 2).reshape(array.shape)
+    stem, suffix = name.rsplit(".", 1)
+    architecture = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}["llama" if family == "mistral" else family]
+    ours = gguf.get_tensor_name_map(architecture, config.num_hidden_layers).get_name(stem)
+    kind = gguf.GGMLQuantizationType[weight_type if array.ndim > 1 else "F32"]
+    writer.add_tensor(f"{ours}.{suffix}", gguf.quants.quantize(array, kind), raw_dtype=kind)
 
 
 def reference_logits(path: Path, tokens: list[int]) -> Any:
@@ -108,11 +176,22 @@ def reference_logits(path: Path, tokens: list[int]) -> Any:
     return logits_of(load_reference(path), tokens)
 
 
-def load_reference(path: Path, **options: Any) -> transformers.PreTrainedModel:
+def load_reference(path: Path) -> transformers.PreTrainedModel:
     """The checkpoint in `path` in float32, with attention spelled out."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", **options
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def load_gguf_reference(path: Path) -> transformers.PreTrainedModel:
+    """The GGUF file `path`, dequantised to float32 by transformers. (Its from_pretrained would ask for accelerate.)"""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
     return model.eval()
 
 

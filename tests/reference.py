@@ -14,15 +14,14 @@ TARGET = {"kind": "llvm", "mcpu": "x86-64-v3"}
 
 
 def compile_module(mod: tvm.IRModule) -> Callable[..., Any]:
-    """`forward` of `mod` over numpy arrays: arrays in, an array or a list of arrays out."""
+    """`forward` of `mod`: numpy arrays or TVM tensors in, a numpy array or a list of them out."""
     target = tvm.target.Target(TARGET)
     with target:
         executable = tvm.compile(mod, target, relax_pipeline=relax.get_default_pipeline(target))
-    device = tvm.cpu()
-    forward = relax.VirtualMachine(executable, device)["forward"]
+    forward = relax.VirtualMachine(executable, tvm.cpu())["forward"]
 
-    def run(*arrays: np.ndarray) -> Any:
-        return _to_numpy(forward(*(tvm.runtime.tensor(np.ascontiguousarray(a), device) for a in arrays)))
+    def run(*arrays: Any) -> Any:
+        return _to_numpy(forward(*(_to_tensor(a) for a in arrays)))
 
     return run
 
@@ -42,7 +41,7 @@ class ReferenceModel:
 
     def __init__(self, mod: tvm.IRModule, checkpoint: Checkpoint) -> None:
         self.forward = compile_module(mod)
-        self.params = [p for p in read_params(mod, checkpoint.tensors)]
+        self.params = [_to_tensor(p) for p in read_params(mod, checkpoint.tensors)]  # copied once, not at each call
 
     def __call__(self, tokens: Sequence[int]) -> Any:
         """tokens -> float32[n, vocab], or a list of results where the module has taps."""
@@ -52,6 +51,10 @@ class ReferenceModel:
 def run_model(mod: tvm.IRModule, tokens: Sequence[int], checkpoint: Checkpoint) -> Any:
     """float32[n, vocab] of `tokens`, or a list of results where the module has taps. Compiles anew at each call."""
     return ReferenceModel(mod, checkpoint)(tokens)
+
+
+def _to_tensor(value: Any) -> Any:
+    return tvm.runtime.tensor(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
 
 
 def _to_numpy(value: Any) -> Any:
