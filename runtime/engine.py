@@ -21,7 +21,15 @@ from tilewright.runtime.request import Request
 from tilewright.runtime.scheduler.fcfs import FCFS
 from tilewright.runtime.scheduler.policy import Policy
 from tilewright.runtime.serving_thread import LoopPost, ServingThread
-from tilewright.runtime.types import Completion, EngineError, EngineLimits, SamplingParams, ServedModel, StreamEvent
+from tilewright.runtime.types import (
+    Completion,
+    Costs,
+    EngineError,
+    EngineLimits,
+    SamplingParams,
+    ServedModel,
+    StreamEvent,
+)
 
 
 class Engine:
@@ -37,11 +45,12 @@ class Engine:
         limits: EngineLimits | None = None,
         *,
         policy: Policy | None = None,
+        costs: Costs | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.limits = limits or EngineLimits()
         budget, capacity = resolve_limits(self.limits, model.limits)
-        self._core = EngineCore(model, budget, policy or FCFS(), model.costs, clock)
+        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock)
         self._intake = Intake(model.limits, budget, capacity, model.tokenizer, model.load_s)
         self._thread = ServingThread(self._core)
         self._queue = threading.Semaphore(self.limits.max_queue)
@@ -92,7 +101,13 @@ class Engine:
         request = self._intake.request(prompt, params or SamplingParams())
         events: asyncio.Queue[StreamEvent] = asyncio.Queue()
         post = self._posts.setdefault(loop := asyncio.get_running_loop(), LoopPost(loop))
-        self._submit(request, lambda _, event: post.put(events, event) or self._core.cancel(request))
+        core = self._core
+
+        def deliver(_: Request, event: StreamEvent) -> None:
+            if not post.put(events, event):
+                core.cancel(request)
+
+        self._submit(request, deliver)
         try:
             unfinished = len(request.samples)
             while unfinished:
@@ -125,7 +140,7 @@ class Engine:
         """Raises AssertionError unless the books are right. Call it when idle: every page must be free then."""
         self._core.check_invariants()
 
-    def _submit(self, request: Request, events: Callable[[Request, StreamEvent], object], wait: bool = False) -> None:
+    def _submit(self, request: Request, events: Callable[[Request, StreamEvent], None], wait: bool = False) -> None:
         """Queues a request. Where the queue is full: waits, or raises RequestError."""
         if not self._queue.acquire(blocking=wait):
             raise RequestError(

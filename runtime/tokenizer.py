@@ -18,21 +18,15 @@ Message = Mapping[str, Any]
 class Tokenizer:
     """One model's tokenizer.
 
-    tokenizer_json: Hugging Face's file as text. stop_token_ids: end of sequence, end of turn. add_bos: a text that
-    starts no chat begins with `bos_token`, even where the file's own post-processor does not add it.
+    tokenizer_json: Hugging Face's file as text. settings, all optional: chat_template, bos_token, eos_token (texts);
+    stop_token_ids (end of sequence, end of turn); add_bos (a text that is no chat begins with `bos_token`, even where
+    the file's own post-processor does not add it).
     """
 
-    def __init__(
-        self,
-        tokenizer_json: str,
-        *,
-        chat_template: str | None = None,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        add_bos: bool = False,
-        stop_token_ids: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, tokenizer_json: str, settings: Mapping[str, Any] | None = None) -> None:
         import tokenizers
+
+        settings = settings or {}
 
         try:
             self._settings = json.loads(tokenizer_json)
@@ -41,15 +35,12 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json can't be read ({error}); fetch or convert the model again") from None
         self._library.no_truncation()
         self._library.no_padding()
-        self._bos_id = self._library.token_to_id(bos_token) if add_bos and bos_token else None
-        self.chat_template, self.bos_token, self.eos_token = chat_template, bos_token, eos_token
-        self.stop_token_ids = tuple(stop_token_ids)
-
-    @classmethod
-    def from_settings(cls, tokenizer_json: str, settings: Mapping[str, Any]) -> "Tokenizer":
-        """settings: the keyword arguments as plain data; others and missing ones are left at their defaults."""
-        names = ("chat_template", "bos_token", "eos_token", "add_bos", "stop_token_ids")
-        return cls(tokenizer_json, **{name: settings[name] for name in names if settings.get(name) is not None})
+        self.chat_template: str | None = settings.get("chat_template")
+        self.bos_token: str | None = settings.get("bos_token")
+        self.eos_token: str | None = settings.get("eos_token")
+        self.stop_token_ids = tuple(settings.get("stop_token_ids") or ())
+        bos = self.bos_token if settings.get("add_bos") else None
+        self._bos_id = self._library.token_to_id(bos) if bos else None
 
     @property
     def vocab_size(self) -> int:
@@ -83,8 +74,14 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise RequestError(f"message {message!r} is no chat message; give a role and a content")
-        names = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", "tools": None, "documents": None}
-        names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        names: dict[str, Any] = {
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token or "",
+            "eos_token": self.eos_token or "",
+            "tools": None,
+            "documents": None,
+        }
         try:
             return self._template.render(**(names | variables))
         except Exception as error:  # a template may run into anything, and says with raise_exception what it refuses

@@ -227,13 +227,10 @@ class Costs(Protocol):
 
 
 class ServedModel(Executor, Protocol):
-    """What an engine serves: an executor, its tokenizer (None: token ids only), costs, and how long loading took."""
+    """What an engine serves: an executor, its tokenizer (None: token ids only), and how long loading took."""
 
     @property
     def tokenizer(self) -> "TextCodec | None": ...
-
-    @property
-    def costs(self) -> Costs | None: ...
 
     @property
     def load_s(self) -> float: ...

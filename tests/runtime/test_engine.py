@@ -55,7 +55,7 @@ def test_generate_in_order() -> None:
 
 
 def test_text_in_text_out() -> None:
-    tokenizer = Tokenizer(byte_level(), chat_template="{{ messages[0].content }}")
+    tokenizer = Tokenizer(byte_level(), {"chat_template": "{{ messages[0].content }}"})
     model = FakeModel(DeviceLimits(**{**LIMITS.__dict__, "vocab_size": tokenizer.vocab_size}), tokenizer)
     with Engine(model) as engine:
         params = SamplingParams(max_tokens=12, seed=3)

@@ -13,7 +13,7 @@ SHORT = st.text("ab\n", max_size=4)
 
 
 def before_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """By definition: the shortest beginning of `text` that ends with a stop string, without it (if two, the longest)."""
+    """The shortest beginning of `text` that ends with a stop string, without it (if two, the longest)."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -90,14 +90,14 @@ def test_stop_string_of_raw_bytes_ends_at_once() -> None:
 
 
 def test_stop_token_has_no_text_and_releases_what_was_held() -> None:
-    tokenizer = Tokenizer(byte_level(), stop_token_ids=[7])
+    tokenizer = Tokenizer(byte_level(), {"stop_token_ids": [7]})
     ids = [*tokenizer.encode("t"), *tokenizer.encode("h"), 7]
     reason, pieces = Scripted(tokenizer, ids).run(stop="the")
     assert reason == "stop" and pieces == ["", "", "th"]
 
 
 def test_ignored_end_goes_on() -> None:
-    tokenizer = Tokenizer(byte_level(), stop_token_ids=[7])
+    tokenizer = Tokenizer(byte_level(), {"stop_token_ids": [7]})
     reason, pieces = Scripted(tokenizer, [7, 7, 7]).run(ignore_eos=True, max_tokens=3)
     assert reason == "length" and "".join(pieces) == tokenizer.decode([7, 7, 7])
 

@@ -27,7 +27,7 @@ CHATML = """
 
 
 def make(template: str | None = CHATML, **settings) -> Tokenizer:
-    return Tokenizer(byte_level(), chat_template=template, bos_token=SPECIAL, eos_token=EOS, **settings)
+    return Tokenizer(byte_level(), {"chat_template": template, "bos_token": SPECIAL, "eos_token": EOS, **settings})
 
 
 def render(template: str, **variables) -> str:
@@ -44,7 +44,7 @@ def test_encode_adds_bos_once() -> None:
 
 
 def test_settings_as_plain_data() -> None:
-    tokenizer = Tokenizer.from_settings(byte_level(), {"stop_token_ids": [3, 4], "chat_template": None, "other": 1})
+    tokenizer = Tokenizer(byte_level(), {"stop_token_ids": [3, 4], "chat_template": None, "other": 1})
     assert tokenizer.stop_token_ids == (3, 4) and tokenizer.chat_template is None
 
 
