@@ -6,7 +6,7 @@ analyzer proves two spellings equal: a head repeated for grouped queries is `hea
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import tvm
 from tvm import relax, tirx
@@ -20,6 +20,7 @@ from tilewright.compiler.relax_utils import (
     op_name,
     rebuild,
     same_extent,
+    same_shape,
     scalar,
     shape,
     static,
@@ -250,19 +251,45 @@ def _same_size(a: list[Expr], b: list[Expr]) -> bool:
 
 
 def simplify_views(mod: tvm.IRModule) -> tvm.IRModule:
-    """Chains of views that undo each other vanish, and those that only regroup axes become one reshape.
+    """Chains of views that undo each other vanish; those that only regroup axes become one reshape.
 
     before   a = permute_dims(x, [1, 0, 2]);  b = permute_dims(a, [1, 0, 2]);  c = reshape(reshape(b, ..), s)
     after    c = reshape(x, s)
+    before   a, b = y[:, :3], y[:, 3:];  c = concat([a, b], axis=1)
+    after    y in place of c
     """
     _, func = main_function(mod)
     scope = Scope(func)
-    rules = {}
+    rules: dict[Any, Rule] = {}
     for var, value in scope.definition.items():
-        found = simplify_chain(scope, var) if is_view(value) else None
+        if is_view(value):
+            found = simplify_chain(scope, var)
+        else:
+            found = joined_whole(scope, var) if op_name(value) == "concat" else None
         if found is not None:
             rules[var] = _simplified(*found, shape(var))
     return rebuild(mod, rules)
+
+
+def joined_whole(scope: Scope, var: Expr) -> tuple[Expr, bool] | None:
+    """The tensor of which a concat joins all parts in order, as `simplify_chain` gives it; None if it does not."""
+    concat = scope.value(var)
+    extents = shape(var)
+    axis, begin, source = int(concat.attrs.axis) % len(extents), 0, None
+    for part in concat.args[0].fields:
+        analyzer = tvm.sym.Analyzer()
+        start = index_vars(shape(part), analyzer)
+        whole, index = peel(scope, part, start, analyzer)
+        expected = [x + begin if k == axis else x for k, x in enumerate(start)]
+        size = static(shape(part)[axis])
+        if size is None or not isinstance(whole, relax.Var) or not same_shape(shape(whole), extents):
+            return None
+        if source is not None and not whole.same_as(source):
+            return None
+        if not all(analyzer.can_prove_equal(x, y) for x, y in zip(index, expected, strict=True)):
+            return None
+        source, begin = whole, begin + size
+    return source, True
 
 
 def _simplified(source: Expr, equal: bool, extents: list[Expr]) -> Rule:

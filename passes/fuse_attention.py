@@ -67,7 +67,7 @@ class FuseAttention(Pass):
             except _NoMatch as reason:
                 refused[var.name] = str(reason)
                 logger.debug("%s: %s is left alone: %s", self.name, var.name, reason)
-        attrs = {"tw.refused": json.dumps(refused, sort_keys=True) if refused else None}
+        attrs = {"tw.stage": "fused", "tw.refused": json.dumps(refused, sort_keys=True) if refused else None}
         return simplify_views(rebuild(mod, rules, attrs=attrs))
 
 
