@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from tests.tolerances import assert_close
 from tilewright.compiler.bodies import add_composite
 from tilewright.compiler.composites import (
     SAMPLING_INPUTS,
@@ -19,7 +20,7 @@ from tilewright.compiler.composites import (
     NormSpec,
     RopeSpec,
 )
-from tilewright.compiler.relax_utils import Expr
+from tilewright.compiler.relax_utils import Expr, bindings, composite_of, weight_params
 
 op = relax.op
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
@@ -189,8 +190,8 @@ class _Writer:
 
 
 def random_params(func: relax.Function, rng: np.random.Generator) -> list[np.ndarray]:
-    """Values for the parameters of a fused `forward`: matrices around 0, vectors around 1."""
-    shapes = [tuple(int(e) for e in p.ty.shape.values) for p in func.params[1:]]
+    """Values for a function's weights, all plain float32: matrices around 0, vectors around 1."""
+    shapes = [tuple(int(e) for e in p.ty.shape.values) for p in weight_params(func)]
     return [(rng.normal(size=s) * (0.3 if len(s) > 1 else 0.5) + (len(s) == 1)).astype("float32") for s in shapes]
 
 
@@ -251,3 +252,20 @@ class Batch:
         extra = [sampling[name] for name in SAMPLING_INPUTS] if sampling else []
         inputs = [np.array(a, "int32") for a in step]
         return self.compiled(function, *inputs, *extra, self.pages, *self.params)
+
+
+def assert_same_steps(before: tvm.IRModule, after: tvm.IRModule, c: Tiny, page_size: int = 4) -> None:
+    """Two forms of one model give the same logits for a prefill of two sequences, a chunk and a decode step."""
+    rng = np.random.default_rng()
+    params = random_params(before["logits"], rng)
+    batches = [Batch(mod, params, page_size) for mod in (before, after)]
+    for lengths, all_rows in (({0: 6, 1: 1}, True), ({1: 5, 0: 2}, False), ({0: 1, 1: 1}, False)):
+        request = {s: rng.integers(0, c.vocab, n).tolist() for s, n in lengths.items()}
+        expected, actual = (batch.step(request, all_rows) for batch in batches)
+        assert_close(actual, expected)
+
+
+def composite_names(mod: tvm.IRModule, function: str = "logits") -> list[str]:
+    """The composites that a function calls, in order."""
+    found = [composite_of(mod, b.value) for b in bindings(mod[function])]
+    return [f[0] for f in found if f is not None]
