@@ -1,0 +1,111 @@
+"""Norms, gates and residuals join the linear beside them."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tilewright.compiler.composites import LinearSpec
+from tilewright.compiler.pass_base import Pass
+from tilewright.compiler.relax_utils import (
+    Emitter,
+    Expr,
+    Rule,
+    Scope,
+    bindings,
+    composite_of,
+    main_function,
+    op_name,
+    rebuild,
+    same_shape,
+    shape,
+)
+from tilewright.compiler.served_bodies import add_served_composite
+
+
+@dataclass(frozen=True)
+class FuseLinearNeighbours(Pass):
+    """Put what surrounds a linear into its spec. Stage "served", after quantize_weights.
+
+    before   h = rms_norm(x, g)
+             y = linear(h, w, b)
+             z = add(x, y)
+    after    z = linear1(x, w, g, b, x)       # spec: norm, residual
+
+    before   h = gated(u)
+             y = linear(h, w)
+    after    y = linear1(u, w)                # spec: gated
+
+    A norm goes into each of the linears that read it, if nothing else reads it; a gate into the one that does. A linear
+    that is read only by an addition takes the other operand, of its own shape, as its residual.
+    """
+
+    def run(self, mod: tvm.IRModule) -> tvm.IRModule:
+        _, func = main_function(mod)
+        scope = Scope(func)
+        composites = {b.var: found for b in bindings(func) if (found := composite_of(mod, b.value)) is not None}
+        linears = {v: _Linear(s, list(scope.args(v))) for v, (name, s) in composites.items() if name == "linear"}
+        for var, (name, spec) in composites.items():
+            if name in ("rms_norm", "gated"):
+                _take_prologue(scope, linears, var, name, spec)
+        ends = {}  # binding that gets the linear's result -> linear
+        for binding in bindings(func):
+            if op_name(binding.value) == "add":
+                _take_residual(scope, linears, binding, ends)
+        absorbed = {linear: add for add, linear in ends.items()}
+        rules = {absorbed.get(v, v): linear.rule() for v, linear in linears.items() if linear.changed}
+        return rebuild(mod, rules)
+
+
+@dataclass
+class _Linear:
+    """A linear under change: its spec, its arguments in the old function, and what has joined."""
+
+    spec: LinearSpec
+    args: list[Expr]  # x, weight, [bias]
+    norm_weight: list[Expr] = field(default_factory=list)
+    residual: list[Expr] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        return self.spec.norm is not None or self.spec.gated is not None or self.spec.residual
+
+    def rule(self) -> Rule:
+        x, weight, *bias = self.args
+
+        def emit(emitter: Emitter) -> Expr:
+            function = add_served_composite(emitter.builder, "linear", self.spec)
+            args = [x, weight, *self.norm_weight, *bias, *self.residual]
+            return relax.Call(function, [emitter.map(a) for a in args])
+
+        return emit
+
+
+def _take_prologue(scope: Scope, linears: dict[Any, _Linear], var: Any, name: str, spec: Any) -> None:
+    """Move a norm or a gate into the linears that read it, if they are all that reads it and read it as their x."""
+    readers = scope.users.get(var, [])
+    fits = bool(readers) and all(
+        r in linears and linears[r].args[0].same_as(var) and linears[r].spec.norm is linears[r].spec.gated is None
+        for r in readers
+    )
+    if not fits or (name == "gated" and len(readers) > 1):
+        return
+    x, *weight = scope.args(var)
+    for reader in readers:
+        linear = linears[reader]
+        linear.spec = replace(linear.spec, **{"norm" if name == "rms_norm" else "gated": spec})
+        linear.args[0], linear.norm_weight = x, weight
+
+
+def _take_residual(scope: Scope, linears: dict[Any, _Linear], add: Any, ends: dict[Any, Any]) -> None:
+    """Make an addition the end of a linear that it alone reads; the later operand first, as in x + f(x)."""
+    left, right = add.value.args
+    for var, other in ((right, left), (left, right)):
+        linear = linears.get(var)
+        if linear is None or linear.spec.residual or len(scope.users[var]) != 1 or left.same_as(right):
+            continue
+        if same_shape(shape(other), shape(var)):
+            linear.spec, linear.residual = replace(linear.spec, residual=True), [other]
+            ends[add.var] = var
+            return
