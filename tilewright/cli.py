@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a bug in tilewright; 2 bad input, with one sentence that s
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -95,6 +96,8 @@ def _fail(text: str) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
+    """Says so and leaves. What still runs in threads is waited for; a second interrupt ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     console.err().print("interrupted")
     sys.exit(EXIT_INTERRUPTED)
 

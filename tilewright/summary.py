@@ -30,9 +30,10 @@ def decode_floor(artifact: Artifact) -> StepFloor:
     return StepFloor(**costs[smallest.function]["floor"])
 
 
-def show_summary(artifact: Artifact) -> None:
-    """What `compile` says at the end: place, size, kernels, floor, warnings."""
+def show_summary(artifact: Artifact, elapsed_s: float) -> None:
+    """What `compile` says at the end: place, time taken, size, kernels, floor, warnings."""
     table = console.table(str(artifact.path), "", "")
+    table.add_row("compiled in", console.duration(elapsed_s))
     table.add_row("size", console.size(artifact.bytes))
     table.add_row("kernels", str(len(artifact.manifest.kernels)))
     table.add_row("floor", _floor_words(artifact))

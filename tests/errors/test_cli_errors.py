@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -201,6 +202,14 @@ def test_bench_results_that_cannot_be_written(refused, loaded, artifact, tmp_pat
 
 
 @pytest.fixture
+def interruptible():
+    """The interrupt handler of the tests, back when the command has put its own."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
 def failing(monkeypatch):
     def fail(error: BaseException) -> None:
         def compile(*_, **__):
@@ -211,7 +220,7 @@ def failing(monkeypatch):
     return fail
 
 
-def test_an_interrupt_is_one_line(run, failing):
+def test_an_interrupt_is_one_line(run, failing, interruptible):
     failing(KeyboardInterrupt())
     assert run("compile", "x") == (130, "", "interrupted\n")
 

@@ -28,10 +28,13 @@ def command(
     ] = None,
 ) -> None:
     """Compile MODEL into one sealed artifact."""
+    import time
+
     import tilewright
     from tilewright.progress_display import compile_progress
     from tilewright.summary import show_summary
 
+    start = time.monotonic()
     with compile_progress() as report:
         artifact = tilewright.compile(
             model,
@@ -45,4 +48,4 @@ def command(
             dump=dump,
             progress=report,
         )
-    show_summary(artifact)
+    show_summary(artifact, time.monotonic() - start)
