@@ -9,6 +9,8 @@ from tilewright.compiler.checkpoint import LazyTensor, ModelConfig, Rope
 from tilewright.compiler.errors import ModelError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+_HEAD_NORM_FAMILIES = ("qwen3", "gemma3")
+_SANDWICH_FAMILIES = ("gemma3",)
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 # Kinds of rope scaling and the numbers each needs (compare models/layers.py, which computes them).
@@ -74,6 +76,12 @@ def check_config(config: ModelConfig, source: str) -> None:
         config.activation in ACTIVATIONS,
         source,
         f"the activation {config.activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}",
+    )
+    _check(
+        config.qk_norm == (config.family in _HEAD_NORM_FAMILIES)
+        and config.sandwich_norms == (config.family in _SANDWICH_FAMILIES),
+        source,
+        f"qk_norm {config.qk_norm} with sandwich_norms {config.sandwich_norms} is no {config.family} model",
     )
     for rope in (config.rope, config.window_rope):
         if rope is not None:
