@@ -1,0 +1,452 @@
+"""Ragged causal attention over pages, for any CPU: float32 arithmetic, online softmax, one kernel for every batch.
+
+A row is one query of one head. Rows of the tokens and heads that read the same keys form a piece; a piece walks over
+its keys in blocks aligned at key 0. Each block is three steps, all on vectors of 16:
+
+    scores   rows x 32 keys in registers, one fma chain over the head dimension for each score
+    softmax  per row: new maximum, exp, rescaled sum
+    values   rows x 32 dimensions in registers, one fma chain over the keys for each output
+
+A row's arithmetic depends on its own position alone, so it has the same bits in any batch, chunk or piece. Keys past a
+row's position get weight zero; those past every position of the piece are not touched, since memory there may hold NaN.
+
+Work is dealt by cost: tiles of tokens are laid end to end, each as long as keys x heads, and every thread takes one
+equal stretch. A stretch may begin at any head, which balances a single decoding sequence and a causal triangle alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from tilewright.compiler.composites import PagedAttentionSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.cpu.isa import (
+    LANES,
+    Buffer,
+    Expr,
+    Isa,
+    argument,
+    exp,
+    fma,
+    kernel,
+    lane_index,
+    load,
+    max_lanes,
+    maximum,
+    registers,
+    rows_symbol,
+    settled,
+    splat,
+    store,
+    sum_lanes,
+)
+
+MASKED = -1e30  # below every real score, and finite
+NO_KEY_YET = -5e29  # the maximum of a row that has seen no key: far above MASKED, so that masked keys weigh zero
+PAIR = 2 * LANES
+MAX_ROWS = 12  # 12 rows x 2 vectors of accumulators leave 8 of 32 registers for operands
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_keys: keys between two rescalings. rows: register block. tokens: queries of a sequence that go together."""
+
+    block_keys: int
+    rows: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.block_keys % PAIR or self.block_keys <= 0:
+            raise ValueError(f"block_keys {self.block_keys} is not a multiple of {PAIR}")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"rows {self.rows} is not within 1..{MAX_ROWS}, the accumulators that fit in registers")
+        if self.tokens < 1:
+            raise ValueError(f"tokens {self.tokens} is below 1")
+
+
+@dataclass(frozen=True)
+class Facts:
+    spec: PagedAttentionSpec
+
+
+class PagedAttention(Schedule):
+    name = "paged_attention"
+    composite = "paged_attention"
+    kind = "cpu"
+
+    def match(self, call: Call, target: Target) -> Facts | Reject:
+        attention, kv = call.spec.attention, call.spec.kv
+        if kv.page_size % LANES:
+            return Reject(f"page size {kv.page_size} is not a multiple of {LANES}; compile with --page-size {LANES}")
+        if attention.head_dim % 8:
+            return Reject(f"head size {attention.head_dim} is not a multiple of 8, the narrowest vector of this kernel")
+        if not kv.k_transposed:
+            return Reject("keys are stored [slot, dim]; the CPU kernel reads [dim, slot] (KVFormat.k_transposed)")
+        if not attention.causal or attention.sinks:
+            return Reject("only causal attention without sinks has a CPU kernel")
+        if kv.dtype not in ("float32", "float16"):
+            return Reject(f"pages of {kv.dtype} have no CPU kernel; use float32 or float16")
+        return Facts(call.spec)
+
+    def space(self, facts: Facts, target: Target) -> Sequence[Tile]:
+        group = facts.spec.attention.heads // facts.spec.attention.kv_heads
+        rows = _register_rows(group)
+        return [Tile(block, rows, max(1, factor * rows // group)) for block in (64, 128) for factor in (2, 4, 1)]
+
+    def floor(self, facts: Facts, target: Target) -> Floor:
+        """A row's queries and outputs; its keys depend on the position, which no shape tells."""
+        attention = facts.spec.attention
+        return Floor(bytes_fixed=0, bytes_per_row=8 * attention.heads * attention.head_dim)
+
+    def apply(self, facts: Facts, tile: Tile, target: Target) -> Lowering:
+        attention = facts.spec.attention
+        func = _Builder(facts.spec, tile, Isa.of(target)).build(self.name)
+        out = Output("out", ("m", attention.heads, attention.head_dim), "float32")
+        return Lowering((KernelCall(func, tuple(range(8)), (out,)),), ("out",))
+
+
+def _register_rows(group: int) -> int:
+    """As many rows as registers hold, whole tokens where a group fits, even parts of one where it doesn't."""
+    if group <= MAX_ROWS:
+        return MAX_ROWS // group * group
+    return max(r for r in range(1, MAX_ROWS + 1) if group % r == 0)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """The tiles of a step, one entry each: first token, tokens, sequence, first and last key, cost of all before."""
+
+    count: Expr
+    token: Buffer
+    tokens: Buffer
+    sequence: Buffer
+    first_key: Buffer
+    last_key: Buffer
+    cost: Buffer
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one thread works on at a time: rows of a tile that share a KV head. Row = token * heads + head."""
+
+    token: Expr
+    tokens: Expr
+    head: Expr
+    heads: Expr
+    kv_head: Expr
+    rows: Expr
+    first_page: Expr  # index into page_indices
+    first_key: Expr
+    last_key: Expr
+
+
+class _Builder:
+    """Emits the kernel of one spec and tile. Buffers made by `_arguments` and `_scratch` are its attributes."""
+
+    def __init__(self, spec: PagedAttentionSpec, tile: Tile, isa: Isa) -> None:
+        self.attention, self.kv, self.tile, self.isa = spec.attention, spec.kv, tile, isa
+        self.dim = spec.attention.head_dim
+        self.group = spec.attention.heads // spec.attention.kv_heads
+        self.max_rows = tile.tokens * self.group
+        self.vectors = tile.block_keys // LANES
+        self.block_rows = sorted({tile.rows, min(self.group, tile.rows), 1}, reverse=True)
+
+    def build(self, name: str) -> tirx.PrimFunc:
+        with kernel(name) as built:
+            self._arguments()
+            tiles = self._deal()
+            threads = T.bind(T.call_packed("runtime.NumThreads"))
+            with T.parallel(0, threads) as thread:
+                self._scratch()
+                self._stretch(tiles, thread, threads)
+        return built.get()
+
+    # --- arguments and scratch ----------------------------------------------------------------------------------------
+
+    def _arguments(self) -> None:
+        kv, heads = self.kv, self.attention.heads
+        self.m, self.b = rows_symbol("m"), rows_symbol("b")
+        num_pages, entries = rows_symbol("num_pages"), rows_symbol("p")
+        head_size = kv.page_size * kv.head_dim
+        self.q = argument("q", (self.m, heads, self.dim), "float32")
+        pages = argument("pages", (kv.layers, num_pages, 2, kv.kv_heads, head_size), kv.dtype)
+        self.positions = argument("positions", (self.m,), "int32")
+        self.indptr = argument("indptr", (self.b + 1,), "int32")
+        self.page_indptr = argument("page_indptr", (self.b + 1,), "int32")
+        self.page_indices = argument("page_indices", (entries,), "int32")
+        argument("kv_len", (self.b,), "int32")  # positions say all that this kernel needs
+        layer = T.arg("layer", tirx.Var("layer", "int64"))
+        self.out = argument("out", (self.m, heads, self.dim), "float32")
+        self.page_stride = 2 * kv.kv_heads * head_size
+        self.layer_start = T.bind(layer * num_pages * self.page_stride)
+        extent = num_pages * (kv.layers * self.page_stride)
+        self.pages = T.decl_buffer((extent,), kv.dtype, data=pages.data)
+
+    def _scratch(self) -> None:
+        """Per thread, sized by the tile alone: no context grows it."""
+        rows, padded = self.max_rows, -(-self.dim // LANES) * LANES
+        self.queries = T.alloc_buffer((rows, self.dim), "float32")
+        self.scores = T.alloc_buffer((rows, self.tile.block_keys), "float32")
+        self.values = T.alloc_buffer((rows, padded), "float32")
+        self.sums = T.alloc_buffer((rows, LANES), "float32")
+        self.maxima = T.alloc_buffer((rows,), "float32")
+        self.rescale = T.alloc_buffer((rows,), "float32")
+        self.row_position = T.alloc_buffer((rows,), "int32")
+        self.key_start = T.alloc_buffer((self.vectors,), "int64")  # where 16 keys of the block begin in pages
+        self.value_start = T.alloc_buffer((self.vectors,), "int64")
+
+    # --- dealing out the work -----------------------------------------------------------------------------------------
+
+    def _deal(self) -> _Tiles:
+        """One serial pass over the sequences: their tiles and what each costs, in blocks of keys."""
+        names = ("token", "tokens", "sequence", "first_key", "last_key")
+        arrays = {n: T.alloc_buffer((self.m + 1,), "int32") for n in names}
+        cost = T.alloc_buffer((self.m + 1,), "int64")
+        made = T.alloc_buffer((1,), "int32")
+        T.buffer_store(made, T.int32(0), [0])
+        T.buffer_store(cost, T.int64(0), [0])
+        size = self.tile.tokens
+        with T.serial(0, T.cast(self.b, "int32")) as s:
+            start, end = T.bind(self.indptr[s]), T.bind(self.indptr[s + 1])
+            with T.serial(0, (end - start + (size - 1)) // size) as j:
+                token = T.bind(start + j * size)
+                count = T.bind(T.min(end - token, T.int32(size)))
+                first, last = self._key_range(token, count)
+                blocks = T.bind(last // self.tile.block_keys - first // self.tile.block_keys + 1)
+                entry = {"token": token, "tokens": count, "sequence": s, "first_key": first, "last_key": last}
+                i = T.bind(made[0])
+                for name, value in entry.items():
+                    T.buffer_store(arrays[name], value, [i])
+                T.buffer_store(cost, cost[i] + T.cast(blocks * count, "int64"), [i + 1])
+                T.buffer_store(made, i + 1, [0])
+        self._zero_from(T.cast(self.indptr[self.b], "int64"))
+        return _Tiles(T.bind(made[0]), **arrays, cost=cost)
+
+    def _key_range(self, token: Expr, count: Expr) -> tuple[Expr, Expr]:
+        """The first key of the first block that any of the tokens sees, and the last key that any of them sees."""
+        low, high = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
+        T.buffer_store(low, self.positions[token], [0])
+        T.buffer_store(high, self.positions[token], [0])
+        with T.serial(1, count) as i:
+            T.buffer_store(low, T.min(low[0], self.positions[token + i]), [0])
+            T.buffer_store(high, T.max(high[0], self.positions[token + i]), [0])
+        if self.attention.window is None:
+            return T.int32(0), T.bind(high[0])
+        oldest = T.max(low[0] - (self.attention.window - 1), T.int32(0))
+        return T.bind(oldest // self.tile.block_keys * self.tile.block_keys), T.bind(high[0])
+
+    def _zero_from(self, token: Expr) -> None:
+        """Rows that pad the step belong to no sequence: they get zeros, never what memory held."""
+        with T.serial(0, self.m - token) as i, T.serial(0, self.attention.heads) as h, T.serial(0, self.dim // 8) as j:
+            store(self.out, splat(0.0, 8), token + i, h, j * 8, lanes=8)
+
+    def _stretch(self, tiles: _Tiles, thread: Expr, threads: Expr) -> None:
+        """All (tile, head) whose start, measured in cost, lies in this thread's part of the whole."""
+        heads = T.int64(self.attention.heads)
+        total = T.bind(tiles.cost[tiles.count] * heads)
+        thread, threads = T.cast(thread, "int64"), T.cast(threads, "int64")
+        low, high = T.bind(total * thread // threads), T.bind(total * (thread + 1) // threads)
+        with T.serial(0, tiles.count) as j:
+            start = T.bind(tiles.cost[j] * heads)
+            each = T.bind(tiles.cost[j + 1] - tiles.cost[j])
+
+            def head_at(mark: Expr, start: Expr = start, each: Expr = each) -> Expr:
+                ahead = T.max(mark - start, T.int64(0))
+                return settled(T.cast(T.min((ahead + each - 1) // each, heads), "int32"))
+
+            first, end = head_at(low), head_at(high)
+            with T.If(first < end), T.Then():
+                kv_first = settled(first // self.group)
+                with T.serial(0, (end - 1) // self.group + 1 - kv_first) as g:
+                    self._piece(self._make_piece(tiles, j, T.bind(kv_first + g), first, end))
+
+    def _make_piece(self, tiles: _Tiles, j: Expr, kv_head: Expr, first: Expr, end: Expr) -> _Piece:
+        head = settled(T.max(first, kv_head * self.group))
+        heads = settled(T.min(end, (kv_head + 1) * self.group) - head)
+        tokens = T.bind(tiles.tokens[j])
+        return _Piece(
+            token=T.bind(tiles.token[j]),
+            tokens=tokens,
+            head=head,
+            heads=heads,
+            kv_head=kv_head,
+            rows=settled(tokens * heads),
+            first_page=T.bind(self.page_indptr[tiles.sequence[j]]),
+            first_key=T.bind(tiles.first_key[j]),
+            last_key=T.bind(tiles.last_key[j]),
+        )
+
+    # --- one piece ----------------------------------------------------------------------------------------------------
+
+    def _piece(self, piece: _Piece) -> None:
+        self._start(piece)
+        size = self.tile.block_keys
+        with T.serial(0, (piece.last_key - piece.first_key) // size + 1) as i:
+            key = settled(piece.first_key + i * size)
+            self._locate(piece, key)
+            keys = settled(T.min(T.int32(size), piece.last_key - key + 1))
+            with T.serial(0, (keys + (PAIR - 1)) // PAIR) as pair:
+                self._row_blocks(piece.rows, lambda row, count, pair=pair: self._scores(row, count, pair))
+            self._softmax(piece, key)
+            self._row_blocks(piece.rows, lambda row, count, keys=keys: self._values(row, count, keys))
+        self._finish(piece)
+
+    def _start(self, piece: _Piece) -> None:
+        """Scaled queries side by side, and the state of the online softmax."""
+        with T.serial(0, piece.tokens) as t, T.serial(0, piece.heads) as h:
+            row = T.bind(t * piece.heads + h)
+            T.buffer_store(self.row_position, self.positions[piece.token + t], [row])
+            T.buffer_store(self.maxima, T.float32(NO_KEY_YET), [row])
+            store(self.sums, splat(0.0), row, 0)
+            with T.serial(0, self.dim // 8) as j:
+                x = load(self.q, piece.token + t, piece.head + h, j * 8, lanes=8)
+                store(self.queries, x * splat(self.attention.scale, 8), row, j * 8, lanes=8)
+            with T.serial(0, self.values.shape[1] // LANES) as j:
+                store(self.values, splat(0.0), row, j * LANES)
+
+    def _locate(self, piece: _Piece, key: Expr) -> None:
+        """Where each run of 16 keys lies. Runs past the last key repeat the last run: their scores are never used."""
+        size = self.kv.page_size
+        head_size = size * self.dim
+        with T.serial(0, self.vectors) as i:
+            first = T.bind(T.min(key + i * LANES, piece.last_key // LANES * LANES))
+            page = T.bind(T.cast(self.page_indices[piece.first_page + first // size], "int64"))
+            slot = T.bind(T.cast(first % size, "int64"))
+            keys = T.bind(self.layer_start + page * self.page_stride + T.cast(piece.kv_head, "int64") * head_size)
+            T.buffer_store(self.key_start, keys + slot, [i])
+            T.buffer_store(self.value_start, keys + self.kv.kv_heads * head_size + slot * self.dim, [i])
+
+    def _row_blocks(self, rows: Expr, emit: Callable[[Expr, int], None]) -> None:
+        """Cover the rows with register blocks: as many of the largest as fit, then of the next size."""
+        done: Expr = T.int32(0)
+        for size in self.block_rows:
+            blocks = T.bind((rows - done) // size)
+            with T.serial(0, blocks) as i:
+                emit(settled(done + i * size), size)
+            done = settled(done + blocks * size)
+
+    def _page_vector(self, at: Expr, lanes: int = LANES) -> Expr:
+        if self.kv.dtype == "float32":
+            return load(self.pages, at, lanes=lanes)
+        return T.bind(T.cast(load(self.pages, at, lanes=lanes), f"float32x{lanes}"))
+
+    def _scores(self, row: Expr, count: int, pair: Expr) -> None:
+        """scores[row.., 32 keys] = queries . keys: for each score one chain over the head dimension."""
+        acc = [[_zeros() for _ in range(2)] for _ in range(count)]
+        starts = [T.bind(self.key_start[pair * 2 + u]) for u in range(2)]
+        with T.serial(0, self.dim) as d:
+            keys = [self._page_vector(start + d * self.kv.page_size) for start in starts]
+            for r in range(count):
+                query = T.bind(splat(self.queries[row + r, d]))
+                for u in range(2):
+                    store(acc[r][u], fma(keys[u], query, load(acc[r][u], 0)), 0)
+        for r in range(count):
+            for u in range(2):
+                store(self.scores, load(acc[r][u], 0), row + r, pair * PAIR + u * LANES)
+
+    # --- softmax ------------------------------------------------------------------------------------------------------
+
+    def _softmax(self, piece: _Piece, key: Expr) -> None:
+        """Scores become weights. Masks cost a quarter of it, so blocks that every row sees whole go without."""
+        with T.serial(0, piece.rows) as row:
+            position = T.bind(self.row_position[row])
+            whole = key + (self.tile.block_keys - 1) <= position
+            if self.attention.window is not None:
+                whole = T.And(whole, key > position - self.attention.window)
+            with T.If(whole):
+                with T.Then():
+                    self._softmax_row(row, [None] * self.vectors)
+                with T.Else():
+                    self._softmax_row(row, [self._visible(key + i * LANES, position) for i in range(self.vectors)])
+
+    def _visible(self, key: Expr, position: Expr) -> Expr:
+        keys = T.bind(lane_index(key))
+        visible = keys <= splat(position)
+        if self.attention.window is not None:
+            visible = T.And(visible, keys > splat(position - self.attention.window))
+        return visible  # not bound: TVM's analyzer takes no vector of booleans
+
+    def _softmax_row(self, row: Expr, visible: Sequence[Expr | None]) -> None:
+        scores = [self._capped(load(self.scores, row, i * LANES)) for i in range(self.vectors)]
+        scores = [_masked(v, s) for v, s in zip(visible, scores, strict=True)]
+        before = T.bind(self.maxima[row])
+        now = T.bind(T.max(before, max_lanes(_tree(maximum, scores))))
+        # exp(MASKED - now) is exactly zero. Masking the weights as well would be wrong, not just idle: LLVM 22 then takes
+        # the inner mask for implied, in all lanes, and drops it from the maximum.
+        weights = [exp(s - splat(now)) for s in scores]
+        rescale = exp(splat(before - now))
+        for i, weight in enumerate(weights):
+            store(self.scores, weight, row, i * LANES)
+        total = _tree(lambda a, b: T.bind(a + b), weights)
+        store(self.sums, fma(load(self.sums, row, 0), rescale, total), row, 0)
+        T.buffer_store(self.maxima, now, [row])
+        T.buffer_store(self.rescale, tirx.Shuffle([rescale], [tirx.const(0, "int32")]), [row])
+
+    def _capped(self, score: Expr) -> Expr:
+        """cap * tanh(score / cap) = cap - 2 cap / (1 + e^(2 score / cap)), where a soft cap is set."""
+        cap = self.attention.soft_cap
+        if cap is None:
+            return score
+        grown = exp(score * splat(2.0 / cap))
+        return fma(splat(-2.0 * cap), T.bind(splat(1.0) / (grown + splat(1.0))), splat(cap))
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def _values(self, row: Expr, count: int, keys: Expr) -> None:
+        """values[row.., :] = values * rescale + weights . V, 32 dimensions at a time."""
+        whole = self.dim // PAIR
+        with T.serial(0, whole) as i:
+            self._values_part(row, count, keys, i * PAIR, (LANES, LANES))
+        rest = self.dim - whole * PAIR
+        widths = [LANES] * (rest // LANES) + [rest % LANES] * (rest % LANES > 0)
+        if widths:
+            self._values_part(row, count, keys, T.int32(whole * PAIR), widths)
+
+    def _values_part(self, row: Expr, count: int, keys: Expr, dim: Expr, widths: Sequence[int]) -> None:
+        offsets = [LANES * u for u in range(len(widths))]
+        parts = list(zip(offsets, widths, strict=True))
+        acc = [[registers() for _ in parts] for _ in range(count)]
+        for r in range(count):
+            for a, (offset, lanes) in zip(acc[r], parts, strict=True):
+                old = load(self.values, row + r, dim + offset, lanes=lanes)
+                store(a, old * splat(self.rescale[row + r], lanes), 0, lanes=lanes)
+        with T.serial(0, (keys + (LANES - 1)) // LANES) as run:
+            start = T.bind(self.value_start[run] + dim)
+            with T.serial(0, T.min(keys - run * LANES, T.int32(LANES))) as j:
+                values = [self._page_vector(start + j * self.dim + offset, lanes) for offset, lanes in parts]
+                for r in range(count):
+                    weight = self.scores[row + r, run * LANES + j]
+                    for a, v, lanes in zip(acc[r], values, widths, strict=True):
+                        store(a, fma(v, splat(weight, lanes), load(a, 0, lanes=lanes), lanes), 0, lanes=lanes)
+        for r in range(count):
+            for a, (offset, lanes) in zip(acc[r], parts, strict=True):
+                store(self.values, load(a, 0, lanes=lanes), row + r, dim + offset, lanes=lanes)
+
+    def _finish(self, piece: _Piece) -> None:
+        with T.serial(0, piece.tokens) as t, T.serial(0, piece.heads) as h:
+            row = T.bind(t * piece.heads + h)
+            inverse = T.bind(T.float32(1.0) / sum_lanes(load(self.sums, row, 0)))
+            with T.serial(0, self.dim // 8) as j:
+                value = load(self.values, row, j * 8, lanes=8) * splat(inverse, 8)
+                store(self.out, value, piece.token + t, piece.head + h, j * 8, lanes=8)
+
+
+def _zeros() -> Buffer:
+    buffer = registers()
+    store(buffer, splat(0.0), 0)
+    return buffer
+
+
+def _masked(visible: Expr | None, score: Expr) -> Expr:
+    return score if visible is None else T.bind(T.Select(visible, score, splat(MASKED)))
+
+
+def _tree(combine: Callable[[Expr, Expr], Expr], values: Sequence[Expr]) -> Expr:
+    """Pairs of neighbours, again and again: a short chain, and an order that the number of values fixes."""
+    while len(values) > 1:
+        pairs = [combine(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+        values = pairs + list(values[len(pairs) * 2 :])
+    return values[0]
