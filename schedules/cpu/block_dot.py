@@ -42,7 +42,11 @@ class BlockFormat:
     @property
     def correction_dtype(self) -> str:
         """Type of the third number of an activation block (see `correction`)."""
-        return "float32" if self.name == "q4_1" else "int32"
+        return "float32" if self.has_minimum else "int32"
+
+    @property
+    def has_minimum(self) -> bool:
+        return self.name == "q4_1"
 
     @property
     def _nibbles(self) -> bool:
@@ -50,19 +54,19 @@ class BlockFormat:
 
     def correction(self, scale: Expr, total: Expr) -> Expr:
         """What the zero point of the weights asks of a block of activations: s * sum x, or where the dot starts."""
-        if self.name == "q4_1":
+        if self.has_minimum:
             return scale * T.cast(total, "float32")
         return total * T.int32(-8 if self.name == "q4_0" else -128)
 
     def start(self, correction: Expr) -> Expr:
         """The int32x16 that a dot starts from."""
-        return isa.splat(0) if self.name == "q4_1" else isa.splat(correction)
+        return isa.splat(0) if self.has_minimum else isa.splat(correction)
 
     def scales(self, weight: Buffer, panel: Expr, block: Expr) -> tuple[Expr, Expr | None]:
         """d and m (None without minima) of a panel's block, float32x16 each."""
         base = 256 if self._nibbles else 512
         d = self._halves(weight, panel, block, base)
-        return d, self._halves(weight, panel, block, base + 2 * LANES) if self.name == "q4_1" else None
+        return d, self._halves(weight, panel, block, base + 2 * LANES) if self.has_minimum else None
 
     def _halves(self, weight: Buffer, panel: Expr, block: Expr, offset: int) -> Expr:
         raw = isa.load(weight, panel, block, offset, lanes=2 * LANES)

@@ -16,8 +16,16 @@ from tilewright.models.quant.base import BLOCK
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cpu import isa
 from tilewright.schedules.cpu.block_dot import BLOCK_KERNEL_FORMATS, GROUPS, BlockFormat, quantize_block
-from tilewright.schedules.cpu.isa import LANES, Expr, Isa, T
-from tilewright.schedules.cpu.linear_common import WEIGHT, LinearFacts, RowEnd, X, linear_floor, match_linear
+from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, Isa, T
+from tilewright.schedules.cpu.linear_common import (
+    WEIGHT,
+    LinearFacts,
+    RowEnd,
+    X,
+    linear_floor,
+    match_linear,
+    smaller_counts,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,7 @@ class LinearBlockGemm(Schedule):
     def apply(self, facts: LinearFacts, tile: GemmTile, target: Target) -> Lowering:
         form = BlockFormat(Isa.of(target), facts.spec.weight_format)
         quantize = quantize_rows(facts, form, tile.tokens)
-        gemm = KernelCall(
-            _gemm(facts, form, tile),
-            ("xq", "scales", "corrections", WEIGHT, *facts.epilogue),
-            (Output("y", ("m", facts.n), "float32"),),
-        )
-        return Lowering((quantize, gemm), ("y",))
+        return Lowering((quantize, product_call(facts, _gemm(facts, form, tile))), ("y",))
 
 
 def quantize_rows(facts: LinearFacts, form: BlockFormat, tokens: int) -> KernelCall:
@@ -88,47 +91,70 @@ def quantize_rows(facts: LinearFacts, form: BlockFormat, tokens: int) -> KernelC
     return KernelCall(built.get(), (X, *facts.norm_weight), outputs)
 
 
-def _gemm(facts: LinearFacts, form: BlockFormat, tile: GemmTile) -> tirx.PrimFunc:
-    blocks = facts.k // BLOCK
-    m = isa.rows_symbol()
-    with isa.kernel(facts.name(f"gemm{tile.tokens}")) as built:
+@dataclass(frozen=True)
+class BlockProduct:
+    """The product kernel under construction: its parameters, and the step that all its row counts are made of."""
+
+    facts: LinearFacts
+    form: BlockFormat
+    m: Expr
+    words: Buffer  # the quantised rows, 4 int8 each, in groups (see above)
+    scales: Buffer
+    corrections: Buffer
+    weight: Buffer
+    end: RowEnd
+
+    @staticmethod
+    def declare(facts: LinearFacts, form: BlockFormat) -> "BlockProduct":
+        """Declares the kernel's parameters: xq, scales, corrections, weight, [bias], [residual], y."""
+        m, blocks = isa.rows_symbol(), facts.k // BLOCK
         xq = isa.argument("xq", (m, facts.k), "int8")
         scales = isa.argument("scales", (m, blocks), "float32")
         corrections = isa.argument("corrections", (m, blocks), form.correction_dtype)
         weight = isa.argument("weight", facts.weight_shape, "uint8")
         end = RowEnd.declare(facts, m)
         words = T.decl_buffer((m * (facts.k // 4),), "int32", data=xq.data)
-        scales, corrections = isa.flat(scales), isa.flat(corrections)
+        return BlockProduct(facts, form, m, words, isa.flat(scales), isa.flat(corrections), weight, end)
 
-        def step(first: Expr, rows: Expr, skip: Expr, count: int, panel: Expr) -> None:
-            """`count` rows from `skip` on, of the group of `rows` rows that begins at row `first`."""
-            sums = [isa.registers() for _ in range(count)]
-            for acc in sums:
-                isa.store(acc, isa.splat(0.0), 0)
-            with T.serial(0, blocks) as b:
-                at = T.bind(first * blocks + b * rows + skip)
-                w = form.weights(weight, panel, b)
-                d, low = form.scales(weight, panel, b)
-                dots = [form.start(corrections[at + i]) for i in range(count)]
-                for j in range(GROUPS):
-                    for i in range(count):
-                        dots[i] = form.isa.dp4(dots[i], w[j], isa.splat(words[(at + i) * GROUPS + j]))
-                for i, acc in enumerate(sums):
-                    value = form.accumulate(isa.load(acc, 0), dots[i], d, low, scales[at + i], corrections[at + i])
-                    isa.store(acc, value, 0)
+    def step(self, first: Expr, rows: Expr, skip: Expr, count: int, panel: Expr) -> None:
+        """`count` rows from `skip` on, of the group of `rows` rows that begins at row `first`."""
+        form, blocks = self.form, self.facts.k // BLOCK
+        sums = [isa.registers() for _ in range(count)]
+        for acc in sums:
+            isa.store(acc, isa.splat(0.0), 0)
+        with T.serial(0, blocks) as b:
+            at = T.bind(first * blocks + b * rows + skip)
+            w = form.weights(self.weight, panel, b)
+            d, low = form.scales(self.weight, panel, b)
+            dots = [form.start(self.corrections[at + i]) for i in range(count)]
+            for j in range(GROUPS):
+                for i in range(count):
+                    dots[i] = form.isa.dp4(dots[i], w[j], isa.splat(self.words[(at + i) * GROUPS + j]))
             for i, acc in enumerate(sums):
-                end.write(isa.load(acc, 0), first + skip + i, panel)
+                here = self.scales[at + i], self.corrections[at + i]
+                isa.store(acc, form.accumulate(isa.load(acc, 0), dots[i], d, low, *here), 0)
+        for i, acc in enumerate(sums):
+            self.end.write(isa.load(acc, 0), first + skip + i, panel)
 
+    def last_group(self, tokens: int, panel: Expr) -> None:
+        """The rows after the last whole group, by steps of 8, 4, 2, 1 as their number has these bits."""
+        rows = T.bind(self.m % tokens)
+        for count in smaller_counts(tokens):
+            with T.If(T.bitwise_and(rows, T.int64(count)) != 0), T.Then():
+                self.step(self.m - rows, rows, T.bind(rows // (2 * count) * (2 * count)), count, panel)
+
+
+def product_call(facts: LinearFacts, func: tirx.PrimFunc) -> KernelCall:
+    """The call of a product kernel after `quantize_rows`."""
+    inputs = ("xq", "scales", "corrections", WEIGHT, *facts.epilogue)
+    return KernelCall(func, inputs, (Output("y", ("m", facts.n), "float32"),))
+
+
+def _gemm(facts: LinearFacts, form: BlockFormat, tile: GemmTile) -> tirx.PrimFunc:
+    with isa.kernel(facts.name(f"gemm{tile.tokens}")) as built:
+        product = BlockProduct.declare(facts, form)
         with T.parallel(0, facts.panels) as panel:
-            with T.serial(0, m // tile.tokens) as group:
-                step(group * tile.tokens, T.int64(tile.tokens), 0, tile.tokens, panel)
-            rows = T.bind(m % tile.tokens)
-            for count in _smaller(tile.tokens):
-                with T.If(T.bitwise_and(rows, T.int64(count)) != 0), T.Then():
-                    step(m - rows, rows, T.bind(rows // (2 * count) * (2 * count)), count, panel)
+            with T.serial(0, product.m // tile.tokens) as group:
+                product.step(group * tile.tokens, T.int64(tile.tokens), 0, tile.tokens, panel)
+            product.last_group(tile.tokens, panel)
     return built.get()
-
-
-def _smaller(tokens: int) -> list[int]:
-    """The powers of two that any remainder below `tokens` is a sum of, greatest first."""
-    return [c for c in (8, 4, 2, 1) if c < tokens]

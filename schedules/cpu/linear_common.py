@@ -93,6 +93,11 @@ def linear_floor(facts: LinearFacts) -> Floor:
     )
 
 
+def smaller_counts(tokens: int) -> list[int]:
+    """The powers of two that any remainder below `tokens` is a sum of, greatest first."""
+    return [c for c in (8, 4, 2, 1) if c < tokens]
+
+
 @dataclass(frozen=True)
 class RowEnd:
     """y[row, panel] = accumulator (+ bias) (+ residual), in that order, for the outputs of a panel that exist."""

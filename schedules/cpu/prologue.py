@@ -81,3 +81,12 @@ class Prologue:
             gate = isa.ACTIVATIONS[self.gated.activation](read(x, row, k))
             return T.bind(gate * read(x, row, k + self.features))
         return read(x, row, k)
+
+    def write_row(self, x: Buffer, weight: Buffer | None, row: Expr, y: Buffer) -> None:
+        """y[row, :] = the transformed row."""
+        state = self.begin_row(x, row)
+        with T.serial(0, self.features // LANES) as step:
+            isa.store(y, self.values(x, weight, state, row, step * LANES), row, step * LANES)
+        if rest := self.features % LANES:
+            first = self.features - rest
+            isa.store_part(y, self.values(x, weight, state, row, first, rest), rest, row, first)

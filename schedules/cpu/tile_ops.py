@@ -1,0 +1,103 @@
+"""Matrix tiles of x86 (AMX): eight registers of up to 16 rows of 64 bytes, and the same in plain TIR.
+
+The plain form exists so that kernels written on tiles can be checked on any machine. Shapes are fixed for all kernels:
+
+    tiles 0, 1  int32[16 tokens][16 outputs]    sums
+    tiles 2, 3  int8[16 tokens][32 inputs]      activations
+    tiles 4, 5  uint8[8][16 outputs * 4 inputs] weights, 4 inputs of an output side by side
+"""
+
+from typing import Any, Protocol
+
+from tvm import tirx
+
+from tilewright.schedules.cpu.isa import Buffer, Expr, T, bytes_of, store
+
+SUMS, ACTIVATIONS, WEIGHTS = (0, 1), (2, 3), (4, 5)
+TOKENS, OUTPUTS, INPUTS = 16, 16, 32
+
+
+class TileOps(Protocol):
+    """Instructions on tiles; one object serves the kernel of one parallel task."""
+
+    def begin(self) -> None: ...
+    def zero(self, tile: int) -> None: ...
+    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None: ...
+    def dot(self, sums: int, activations: int, weights: int) -> None: ...
+    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None: ...
+    def end(self) -> None: ...
+
+
+class AmxTiles:
+    """The instructions. The process must have asked the kernel for tile registers first (arch_prctl 0x1023, 18)."""
+
+    def begin(self) -> None:
+        """Load the configuration: palette 1, bytes a row from byte 16 on, rows from byte 48 on."""
+        config = T.alloc_buffer((64,), "uint8", scope="global")
+        store(config, bytes_of(0), 0, lanes=64)
+        values = {0: 1}
+        for tiles, row_bytes, rows in ((SUMS, 64, TOKENS), (ACTIVATIONS, INPUTS, TOKENS), (WEIGHTS, 64, INPUTS // 4)):
+            for tile in tiles:
+                values |= {16 + 2 * tile: row_bytes, 48 + tile: rows}
+        for index, value in values.items():
+            T.buffer_store(config, tirx.const(value, "uint8"), [index])
+        _instruction("ldtilecfg", T.address_of(config[0]))
+
+    def zero(self, tile: int) -> None:
+        _instruction("tilezero", _tile(tile))
+
+    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None:
+        _instruction("tileloadd64", _tile(tile), T.address_of(buffer[offset]), _stride(tile))
+
+    def dot(self, sums: int, activations: int, weights: int) -> None:
+        _instruction("tdpbsud", _tile(sums), _tile(activations), _tile(weights))
+
+    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None:
+        _instruction("tilestored64", _tile(tile), T.address_of(buffer[offset]), _stride(tile))
+
+    def end(self) -> None:
+        _instruction("tilerelease")
+
+
+class PlainTiles:
+    """The same operations on arrays."""
+
+    def begin(self) -> None:
+        self.tiles: dict[int, Any] = {t: T.alloc_buffer((TOKENS * OUTPUTS,), "int32") for t in SUMS}
+        self.tiles |= {t: T.alloc_buffer((TOKENS * INPUTS,), "int8") for t in ACTIVATIONS}
+        self.tiles |= {t: T.alloc_buffer((OUTPUTS * INPUTS,), "uint8") for t in WEIGHTS}
+
+    def zero(self, tile: int) -> None:
+        with T.serial(0, TOKENS * OUTPUTS) as i:
+            T.buffer_store(self.tiles[tile], T.int32(0), [i])
+
+    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None:
+        with T.serial(0, self.tiles[tile].shape[0]) as i:
+            T.buffer_store(self.tiles[tile], buffer[offset + i], [i])
+
+    def dot(self, sums: int, activations: int, weights: int) -> None:
+        c, a, b = (self.tiles[t] for t in (sums, activations, weights))
+        with T.grid(TOKENS, OUTPUTS, INPUTS) as (i, n, k):
+            w = b[k // 4 * (4 * OUTPUTS) + 4 * n + k % 4]
+            product = T.cast(a[i * INPUTS + k], "int32") * T.cast(w, "int32")
+            T.buffer_store(c, c[i * OUTPUTS + n] + product, [i * OUTPUTS + n])
+
+    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None:
+        with T.serial(0, self.tiles[tile].shape[0]) as i:
+            T.buffer_store(buffer, self.tiles[tile][i], [offset + i])
+
+    def end(self) -> None:
+        pass
+
+
+def _instruction(name: str, *operands: Expr) -> None:
+    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
+
+
+def _tile(index: int) -> Expr:
+    return tirx.const(index, "int8")
+
+
+def _stride(tile: int) -> Expr:
+    """Bytes from row to row in memory, where tiles lie densely."""
+    return tirx.const(INPUTS if tile in ACTIVATIONS else 64, "int64")
