@@ -127,5 +127,8 @@ def _read_line() -> str | None:
         except EOFError:
             print()
             return None
+        except KeyboardInterrupt:
+            print()
+            raise
     line = sys.stdin.readline()
     return line.strip() if line else None
