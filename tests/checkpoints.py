@@ -111,8 +111,9 @@ def make_checkpoint(tmp_path: Path, family: str, dtype: str = "float32", **overr
 def make_gguf(tmp_path: Path, family: str, weight_type: str = "F32", seed: int = 0, **overrides: Any) -> Path:
     """The file, under `tmp_path`, of `make_model(family, ...)` as llama.cpp's converter writes it.
 
-    `weight_type` is the ggml type of the matrices ("Q4_1"); vectors are always F32.
+    `weight_type` is the ggml type of the matrices ("Q4_1", whose blocks must divide their rows); vectors are F32.
     """
+    tmp_path.mkdir(parents=True, exist_ok=True)
     path = tmp_path / f"{family}.gguf"
     writer = gguf_writer(path, family, weight_type, seed, **overrides)
     finish_gguf(writer)
@@ -147,6 +148,8 @@ def _write_metadata(writer: gguf.GGUFWriter, c: Any) -> None:
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(c.vocab_size)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     rope = c.rope_parameters.get("full_attention", c.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
