@@ -74,6 +74,12 @@ def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = LANES) -> None
     T.buffer_store(buffer, value, [*outer, T.ramp(last, 1, lanes)])
 
 
+def prefetch(buffer: Buffer, at: Expr) -> None:
+    """Ask for the cache line of buffer[at], which will be read some hundred cycles from now."""
+    pointer = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", pointer, T.int32(0), T.int32(3), T.int32(1)))
+
+
 def load_part(buffer: Buffer, count: int, *index: Expr) -> Expr:
     """The first `count` < LANES elements, then zeros; nothing beyond them is read."""
     *outer, last = index

@@ -36,6 +36,7 @@ from tilewright.schedules.cpu.isa import (
     load,
     max_lanes,
     maximum,
+    prefetch,
     registers,
     rows_symbol,
     settled,
@@ -195,8 +196,9 @@ class _Builder:
         self.maxima = T.alloc_buffer((rows,), "float32")
         self.rescale = T.alloc_buffer((rows,), "float32")
         self.row_position = T.alloc_buffer((rows,), "int32")
-        self.key_start = T.alloc_buffer((self.vectors,), "int64")  # where 16 keys of the block begin in pages
-        self.value_start = T.alloc_buffer((self.vectors,), "int64")
+        # Where runs of 16 keys begin in pages: those of this block, then those of the next.
+        self.key_start = T.alloc_buffer((2 * self.vectors,), "int64")
+        self.value_start = T.alloc_buffer((2 * self.vectors,), "int64")
 
     # --- dealing out the work -----------------------------------------------------------------------------------------
 
@@ -311,7 +313,7 @@ class _Builder:
         """Where each run of 16 keys lies. Runs past the last key repeat the last run: their scores are never used."""
         size = self.kv.page_size
         head_size = size * self.dim
-        with T.serial(0, self.vectors) as i:
+        with T.serial(0, 2 * self.vectors) as i:
             first = T.bind(T.min(key + i * LANES, piece.last_key // LANES * LANES))
             page = T.bind(T.cast(self.page_indices[piece.first_page + first // size], "int64"))
             slot = T.bind(T.cast(first % size, "int64"))
@@ -337,7 +339,11 @@ class _Builder:
         """scores[row.., 32 keys] = queries . keys: for each score one chain over the head dimension."""
         acc = [[_zeros() for _ in range(2)] for _ in range(count)]
         starts = [T.bind(self.key_start[pair * 2 + u]) for u in range(2)]
+        ahead = [T.bind(self.key_start[self.vectors + pair * 2 + u]) for u in range(2)]
         with T.serial(0, self.dim) as d:
+            if count <= self.group:
+                for start in ahead:
+                    prefetch(self.pages, start + d * self.kv.page_size)
             keys = [self._page_vector(start + d * self.kv.page_size) for start in starts]
             for r in range(count):
                 query = T.bind(splat(self.queries[row + r, d]))
@@ -374,8 +380,8 @@ class _Builder:
         scores = [_masked(v, s) for v, s in zip(visible, scores, strict=True)]
         before = T.bind(self.maxima[row])
         now = T.bind(T.max(before, max_lanes(_tree(maximum, scores))))
-        # exp(MASKED - now) is exactly zero. Masking the weights as well would be wrong, not just idle: LLVM 22 then takes
-        # the inner mask for implied, in all lanes, and drops it from the maximum.
+        # exp(MASKED - now) is exactly zero. Masking the weights as well would be wrong, not just idle: LLVM 22 then
+        # takes the inner mask for implied, in all lanes, and drops it from the maximum.
         weights = [exp(s - splat(now)) for s in scores]
         rescale = exp(splat(before - now))
         for i, weight in enumerate(weights):
@@ -415,7 +421,11 @@ class _Builder:
                 store(a, old * splat(self.rescale[row + r], lanes), 0, lanes=lanes)
         with T.serial(0, (keys + (LANES - 1)) // LANES) as run:
             start = T.bind(self.value_start[run] + dim)
+            ahead = T.bind(self.value_start[self.vectors + run] + dim)
             with T.serial(0, T.min(keys - run * LANES, T.int32(LANES))) as j:
+                if count <= self.group:
+                    for offset in offsets:
+                        prefetch(self.pages, ahead + j * self.dim + offset)
                 values = [self._page_vector(start + j * self.dim + offset, lanes) for offset, lanes in parts]
                 for r in range(count):
                     weight = self.scores[row + r, run * LANES + j]
