@@ -1,0 +1,219 @@
+"""Block-quantised linears: the exact arithmetic, its closeness to floats, and equal bits in every kernel."""
+
+import dataclasses
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+
+from tests.kernel_runner import KernelRunner, aligned, aligned_empty, host_target, lower
+from tests.linear_reference import float_reference, integer_reference, random_arguments, rows_of
+from tests.tolerances import assert_close
+from tilewright.compiler.checkpoint import BLOCK_FORMATS
+from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Call, Reject
+from tilewright.schedules.cpu.linear_block_amx import LinearBlockAmx
+from tilewright.schedules.cpu.linear_block_gemm import GemmTile, LinearBlockGemm
+from tilewright.schedules.cpu.linear_block_gemv import GemvTile, LinearBlockGemv
+from tilewright.schedules.cpu.tile_ops import PlainTiles
+
+ROWS = (1, 2, 3, 7, 16, 33)
+GEMV, GEMM = LinearBlockGemv(), LinearBlockGemm()
+AMX_TARGET = dataclasses.replace(host_target(), features=(*host_target().features, "amx_int8"))
+# The same arithmetic without the int8 dot-product instruction and with 256-bit vectors.
+AVX2_TARGET = Target("avx2", "cpu", "x86_64", ("avx2", "fma", "f16c"), "x86-64-v3")
+BASIC_TARGET = Target("avx2-without-f16c", "cpu", "x86_64", ("avx2", "fma"), "x86-64-v3", ("-f16c",))
+
+
+class EmulatedAmx(LinearBlockAmx):
+    tile_ops = PlainTiles
+
+
+def spec_of(form: str, n: int, k: int, prologue: str = "", bias: bool = False, residual: bool = False) -> LinearSpec:
+    return LinearSpec(
+        n,
+        k,
+        form,
+        bias,
+        NormSpec(k, 1e-5) if prologue == "norm" else None,
+        GatedSpec(k, prologue) if prologue not in ("", "norm") else None,
+        residual,
+    )
+
+
+CASES = [
+    spec_of("q4_1", 200, 96, "norm", bias=True, residual=True),
+    spec_of("q4_0", 17, 32, "gelu_tanh", residual=True),
+    spec_of("q8_0", 48, 96, "silu", bias=True),
+    spec_of("q4_1", 1, 32),
+    spec_of("q4_0", 48, 576),
+    spec_of("q8_0", 33, 576, residual=True),
+]
+IDS = [f"{s.weight_format}-{s.out_features}x{s.in_features}" for s in CASES]
+
+
+@cache
+def gemv(spec: LinearSpec) -> KernelRunner:
+    return KernelRunner(lower(GEMV, Call("linear", spec, 1, 1)))
+
+
+@cache
+def gemm(spec: LinearSpec) -> KernelRunner:
+    return KernelRunner(lower(GEMM, Call("linear", spec, None, 64)))
+
+
+def by_gemv(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
+    m = len(arguments[0])
+    return np.concatenate([gemv(spec)(*rows_of(spec, arguments, i, i + 1))[0] for i in range(m)])
+
+
+def assert_same_bits(run: KernelRunner, spec: LinearSpec, arguments: list[np.ndarray], expected: np.ndarray) -> None:
+    for m in ROWS:
+        actual = run(*rows_of(spec, arguments, 0, m))[0]
+        np.testing.assert_array_equal(actual, expected[:m], err_msg=f"{m} rows")
+
+
+@pytest.mark.parametrize("spec", CASES, ids=IDS)
+def test_any_number_of_rows_gives_the_bits_of_single_rows(spec):
+    arguments = random_arguments(spec, max(ROWS))
+    assert_same_bits(gemm(spec), spec, arguments, by_gemv(spec, arguments))
+
+
+@pytest.mark.parametrize("spec", [s for s in CASES if not s.norm and not s.gated], ids=lambda s: s.weight_format)
+def test_the_arithmetic_is_the_documented_one(spec):
+    arguments = random_arguments(spec, 5)
+    assert_close(gemm(spec)(*arguments)[0], integer_reference(spec, arguments), "float32")
+
+
+@pytest.mark.parametrize("spec", CASES, ids=IDS)
+def test_int8_activations_stay_close_to_floats(spec):
+    arguments = random_arguments(spec, 7)
+    actual = gemm(spec)(*arguments)[0]
+    assert_close(actual, float_reference(spec, arguments), "int8_activations")
+
+
+@pytest.mark.parametrize("form", BLOCK_FORMATS)
+def test_every_tile_gives_the_same_bits(form):
+    spec = spec_of(form, 40, 128, "norm")
+    arguments = random_arguments(spec, max(ROWS))
+    expected = by_gemv(spec, arguments)
+    facts = GEMM.match(Call("linear", spec, None, 64), host_target())
+    for tile in GEMM.space(facts, host_target())[1:3]:
+        assert_same_bits(
+            KernelRunner(lower(GEMM, Call("linear", spec, None, 64), tile=tile)), spec, arguments, expected
+        )
+    unrolled = KernelRunner(lower(GEMV, Call("linear", spec, 1, 1), tile=GemvTile(4)))
+    np.testing.assert_array_equal(unrolled(*rows_of(spec, arguments, 0, 1))[0], expected[:1])
+
+
+@pytest.mark.parametrize("target", [AVX2_TARGET, BASIC_TARGET], ids=lambda t: t.name)
+@pytest.mark.parametrize("form", BLOCK_FORMATS)
+def test_other_instruction_sets_give_the_same_bits(form, target):
+    spec = spec_of(form, 17, 64, "silu")
+    arguments = random_arguments(spec, max(ROWS))
+    run = KernelRunner(lower(GEMM, Call("linear", spec, None, 64), target), target)
+    assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
+    single = KernelRunner(lower(GEMV, Call("linear", spec, 1, 1), target), target)
+    np.testing.assert_array_equal(single(*rows_of(spec, arguments, 0, 1))[0], by_gemv(spec, arguments)[:1])
+
+
+@pytest.mark.parametrize("form,k", [("q4_0", 64), ("q4_1", 64), ("q8_0", 64), ("q4_1", 96)])
+def test_matrix_tiles_give_the_same_bits(form, k):
+    spec = spec_of(form, 40, k, "norm", bias=True, residual=True)
+    arguments = random_arguments(spec, max(ROWS))
+    run = KernelRunner(lower(EmulatedAmx(), Call("linear", spec, None, 64), AMX_TARGET))
+    assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
+
+
+def test_matrix_tiles_become_their_instructions():
+    """Where this machine has them they are run as well."""
+    spec = spec_of("q4_1", 40, 64)
+    lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET)
+    target = {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
+    assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[1].func}), target=target).mod.inspect_source("asm")
+    for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
+        assert re.search(rf"\b{instruction}\b", assembly), instruction
+    if tile_registers_granted():
+        arguments = random_arguments(spec, max(ROWS))
+        assert_same_bits(KernelRunner(lowering, AMX_TARGET), spec, arguments, by_gemv(spec, arguments))
+
+
+def tile_registers_granted() -> bool:
+    """Ask the operating system for AMX state (arch_prctl ARCH_REQ_XCOMP_PERM, 18)."""
+    import ctypes
+
+    present = re.search(r"^flags\s*:.*\bamx_int8\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return bool(present) and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
+@pytest.mark.parametrize("spec", [CASES[1], CASES[5]], ids=["gemv", "gemm"])
+def test_nothing_is_written_behind_the_result(spec):
+    """The last panel is partly filled, and the rows lie without gaps."""
+    m = 1 if spec.gated else 3
+    run = gemv(spec) if m == 1 else gemm(spec)
+    arguments = random_arguments(spec, m)
+    expected = run(*arguments)[0]
+    guarded = aligned_empty((m * spec.out_features + 32,), np.float32)
+    made = {"y": guarded[: expected.size].reshape(expected.shape)}
+    for kernel, function in zip(run.lowering.kernels, run.functions, strict=True):
+        for output in kernel.outputs:
+            made.setdefault(output.name, aligned_empty([m if d == "m" else d for d in output.shape], output.dtype))
+        inputs = [aligned(arguments[i]) if isinstance(i, int) else made[i] for i in kernel.inputs]
+        function(*map(tvm.runtime.from_dlpack, [*inputs, *(made[o.name] for o in kernel.outputs)]))
+    np.testing.assert_array_equal(made["y"], expected)
+    assert np.isnan(guarded[expected.size :]).all()
+
+
+def test_a_row_of_zeros_and_a_row_of_nan_stay_apart():
+    """A zero block has no scale; NaN shows in its own row only."""
+    spec = spec_of("q4_1", 20, 64)
+    arguments = random_arguments(spec, 4)
+    arguments[0][1] = 0
+    arguments[0][2, 5] = np.nan
+    clean = [arguments[0][[0, 3]].copy(), *arguments[1:]]
+    actual = gemm(spec)(*arguments)[0]
+    assert not actual[1].any()
+    assert np.isnan(actual[2]).all()
+    np.testing.assert_array_equal(actual[[0, 3]], gemm(spec)(*clean)[0])
+
+
+@pytest.mark.parametrize(
+    "schedule,call,target,reason",
+    [
+        (GEMV, Call("linear", CASES[0], None, 64), host_target(), "single row"),
+        (GEMV, Call("linear", spec_of("f32", 4, 4), 1, 1), host_target(), "takes weights in q4_0"),
+        (GEMM, Call("linear", spec_of("q8_0", 4, 40), None, 8), host_target(), "40 inputs are no multiple"),
+        (GEMM, Call("linear", CASES[0], None, 64), Target("gpu", "cuda", "sm_90a"), "needs a cpu target, not cuda"),
+        (
+            GEMM,
+            Call("linear", LinearSpec(4, 32, "q8_0", gated=GatedSpec(32, "relu")), None, 8),
+            host_target(),
+            "'relu' is none of silu, gelu_tanh",
+        ),
+        (LinearBlockAmx(), Call("linear", CASES[0], None, 64), AVX2_TARGET, "needs the target feature amx_int8"),
+        (LinearBlockAmx(), Call("linear", CASES[0], 8, 8), AMX_TARGET, "at least 16 rows"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_rejected_with_the_reason(schedule, call, target, reason):
+    rejected = schedule.match(call, target)
+    assert isinstance(rejected, Reject)
+    assert reason in rejected.reason
+
+
+def test_tiles_check_themselves():
+    for bad in (lambda: GemmTile(0), lambda: GemmTile(17), lambda: GemvTile(0)):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_the_floor_counts_the_weight_once():
+    spec = CASES[0]
+    facts = GEMM.match(Call("linear", spec, None, 64), host_target())
+    floor = GEMM.floor(facts, host_target())
+    assert floor.bytes_fixed == 13 * 3 * 320 + 4 * 96 + 4 * 200
+    assert floor.bytes_per_row == 4 * (96 + 200 + 200)
+    assert floor.flops_per_row == 2 * 200 * 96
