@@ -77,28 +77,35 @@ class _NoMatch(Exception):
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor and which of its axes are token, head (None: absent) and head dimension; other axes have extent 1."""
+    """A tensor and which of its axes are token and head dimension; the others, in order, count the heads."""
 
     tensor: Expr
-    axes: tuple[int, int | None, int]
+    token: int
+    dim: int
 
     @property
-    def heads(self) -> int | None:
-        head = self.axes[1]
-        return 1 if head is None else static(shape(self.tensor)[head])
+    def head_axes(self) -> list[int]:
+        return [a for a in range(len(shape(self.tensor))) if a not in (self.token, self.dim)]
+
+    @property
+    def heads(self) -> int:
+        """0 where an extent is symbolic."""
+        return _product([shape(self.tensor)[a] for a in self.head_axes])
+
+    def head_at(self, index: Index) -> Expr:
+        """The head that is read at `index`."""
+        extents = shape(self.tensor)
+        return flat_index([index[a] for a in self.head_axes], [extents[a] for a in self.head_axes])
 
     def emit(self, emit: Emitter) -> Expr:
         """The tensor as [token, head, dim]."""
-        extents = shape(self.tensor)
-        kept = [a for a in self.axes if a is not None]
-        unit = [a for a in range(len(extents)) if a not in kept]
-        x = emit.map(self.tensor)
-        if unit + kept != list(range(len(extents))):
-            x = emit(relax.op.permute_dims(x, unit + kept))
-        if len(extents) == 3 and not unit:
+        extents, x = shape(self.tensor), emit.map(self.tensor)
+        order = [self.token, *self.head_axes, self.dim]
+        if order != sorted(order):
+            x = emit(relax.op.permute_dims(x, order))
+        if len(order) == 3:
             return x
-        token, head, dim = self.axes
-        return emit(relax.op.reshape(x, [extents[token], 1 if head is None else extents[head], extents[dim]]))
+        return emit(relax.op.reshape(x, [extents[self.token], self.heads, extents[self.dim]]))
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,6 @@ class _Matcher:
         self.index = index_vars(self.extents, self.ana, "o")
         self.batch, self.query, self.dim = self.index[:-2], self.index[-2], self.index[-1]
         self.key = self._var("j", shape(matmul.args[0])[-1])
-        self.contracted: Expr = None  # c, bound once q k^T is found
         # Axes before the last two count heads in row-major order, however many they are.
         self.head = self.ana.simplify(flat_index(self.batch, self.extents[:-2]))
 
@@ -168,27 +174,26 @@ class _Matcher:
 
     def _assemble(self, score: "_Score", product: Expr, index: Index) -> _Attention:
         left, right = product.args
-        contracted = self.contracted = self._var("c", shape(left)[-1])
+        head_dim = static(self.extents[-1])
+        if head_dim is None or static(shape(left)[-1]) != head_dim:
+            raise _NoMatch(f"q and k have head size {shape(left)[-1]}, v has {self.extents[-1]}")
+        contracted = self._var("c", shape(left)[-1])
         query_index = [*broadcast_index_batch(left, index[:-2]), index[-2], contracted]
         key_index = [*broadcast_index_batch(right, index[:-2]), contracted, index[-1]]
-        heads = _product(self.extents[:-2])
-        q, q_scale = self._source("q", left, query_index, self.query, contracted, lambda _: self.head)
-        k, k_scale = self._source("k", right, key_index, self.key, contracted, self._kv_head(heads))
+        q, q_scale = self._source("q", left, query_index, self.query, contracted, self._query_head)
+        k, k_scale = self._source("k", right, key_index, self.key, contracted, self._kv_head)
         value_index = [*broadcast_index_batch(self.matmul.args[1], self.batch), self.key, self.dim]
-        v, v_scale = self._source("v", self.matmul.args[1], value_index, self.key, self.dim, self._kv_head(heads))
-        dims = {static(shape(s.tensor)[s.axes[2]]) for s in (q, k, v)}
+        v, v_scale = self._source("v", self.matmul.args[1], value_index, self.key, self.dim, self._kv_head)
         if v_scale != 1.0:
             raise _NoMatch(f"v is multiplied by {v_scale}")
-        if len(dims) > 1 or None in dims:
-            raise _NoMatch(f"q, k and v have head sizes {sorted(map(str, dims))}")
-        if q.heads != heads or k.heads != v.heads:
-            raise _NoMatch(f"q, k and v have {q.heads}, {k.heads} and {v.heads} heads for {heads} results")
+        if k.heads != v.heads:
+            raise _NoMatch(f"k and v have {k.heads} and {v.heads} heads")
         mask = score.mask()
         scale = score.scale * q_scale * k_scale
         spec = AttentionSpec(
-            heads=heads,
+            heads=q.heads,
             kv_heads=k.heads,
-            head_dim=dims.pop(),
+            head_dim=head_dim,
             scale=shortest(scale),
             causal=mask.causal,
             window=mask.window,
@@ -253,28 +258,25 @@ class _Matcher:
         compared, bound = scope.args(equal)
         return scope.number(bound) == float("-inf") and scope.same(compared, scores)
 
-    def _kv_head(self, heads: int) -> Callable[[int], Expr]:
-        """For a number of KV heads, the one that this query head reads."""
+    def _query_head(self, heads: int) -> Expr | None:
+        """The head of q that this result belongs to, where q has that number of heads."""
+        return self.head if heads == _product(self.extents[:-2]) else None
 
-        def head(kv_heads: int) -> Expr:
-            if heads % kv_heads:
-                raise _NoMatch(f"{heads} query heads don't divide among {kv_heads} KV heads")
-            return tirx.floordiv(self.head, heads // kv_heads)
-
-        return head
+    def _kv_head(self, kv_heads: int) -> Expr | None:
+        """The KV head that this query head reads, where there is that number of KV heads."""
+        heads = _product(self.extents[:-2])
+        return None if not kv_heads or heads % kv_heads else tirx.floordiv(self.head, heads // kv_heads)
 
     def _source(
-        self, name: str, expr: Expr, index: Index, token: Expr, dim: Expr, head: Callable[[int], Expr]
+        self, name: str, expr: Expr, index: Index, token: Expr, dim: Expr, head: Callable[[int], Expr | None]
     ) -> tuple[_Source, float]:
-        """The deepest [token, head, dim] tensor, axes in any order, that is read at these; and the factor on it."""
+        """The deepest tensor, its axes in any order, that is read at (token, head, dim); and the factor on it."""
         best, factor, read = None, 1.0, None
         while True:
-            axes = self._axes(expr, index, token, dim)
-            if axes is not None:
-                source = _Source(expr, axes)
-                kv_head = tirx.const(0, "int64") if axes[1] is None else index[axes[1]]
-                read = (kv_head, source.heads)
-                if source.heads is not None and self.ana.can_prove_equal(kv_head, head(source.heads)):
+            source = _source_at(expr, index, token, dim, (self.extents[-2], self.extents[-1]))
+            if source is not None:
+                read, wanted = (source.head_at(index), source.heads), head(source.heads)
+                if wanted is not None and self.ana.can_prove_equal(read[0], wanted):
                     best = (source, factor)
             step = view_step(self.scope, expr, index, self.ana)
             if step is not None:
@@ -289,20 +291,18 @@ class _Matcher:
             return best
         if read is None:
             raise _NoMatch(f"{name} is no [token, head, dim] tensor in any order")
-        raise _NoMatch(f"query head {self.head} reads head {read[0]} of the {read[1]} in {name}")
+        raise _NoMatch(f"query head {self.head} reads head {self.ana.simplify(read[0])} of the {read[1]} in {name}")
 
-    def _axes(self, expr: Expr, index: Index, token: Expr, dim: Expr) -> tuple[int, int | None, int] | None:
-        """Which axes of `expr` are token, head and dim; None if another one of more than one element is read."""
-        tokens = [a for a, x in enumerate(index) if x.same_as(token)]
-        dims = [a for a, x in enumerate(index) if x.same_as(dim)]
-        if len(tokens) != 1 or len(dims) != 1:
+
+def _source_at(expr: Expr, index: Index, token: Expr, dim: Expr, extents: tuple[Expr, Expr]) -> _Source | None:
+    """`expr` with its token and dim axes, where one axis each is read at these, and is of their extents."""
+    found = []
+    for var, extent in zip((token, dim), extents, strict=True):
+        axes = [a for a, x in enumerate(index) if x.same_as(var)]
+        if len(axes) != 1 or not same_extent(shape(expr)[axes[0]], extent):
             return None
-        rest = [a for a in range(len(index)) if a not in (tokens[0], dims[0])]
-        wide = [a for a in rest if static(shape(expr)[a]) != 1]
-        if len(wide) > 1:
-            return None
-        head = wide[0] if wide else rest[-1] if rest else None
-        return tokens[0], head, dims[0]
+        found += axes
+    return _Source(expr, *found)
 
 
 class _Score:

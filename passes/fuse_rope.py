@@ -20,6 +20,7 @@ from tilewright.compiler.relax_utils import (
     op_name,
     rebuild,
     same_extent,
+    same_shape,
     shape,
     static,
 )
@@ -176,7 +177,9 @@ def _match(scope: Scope, var: Any) -> _Rotation | None:
     if low is None or high is None or not len(low) == len(high) == 2:
         return None
     token = next(k for k, e in enumerate(extents) if static(e) is None)
-    matcher = _RotationMatcher(elements, outer[token], outer[1 - token], dim, half, extents[token])
+    matcher = _RotationMatcher(
+        elements, outer[token], outer[1 - token], dim, half, [extents[token], extents[1 - token], size]
+    )
     for a, b, c, d in _assignments(low, high):
         rotation = matcher.rotation(a, b, c, d, (token, 1 - token, 2))
         if rotation is not None:
@@ -208,7 +211,7 @@ class _RotationMatcher:
     head: Expr
     dim: Expr
     half: int
-    n: Expr
+    extents: list[Expr]  # of token, head, dim
 
     def rotation(self, a: Any, b: Any, c: Any, d: Any, result_order: tuple[int, int, int]) -> _Rotation | None:
         """x0 * cos - x1 * sin below, x1 * cos + x0 * sin above: `a`, `b`, `c`, `d` are those pairs."""
@@ -228,7 +231,7 @@ class _RotationMatcher:
         """The deepest tensor read at [token, head, d] in one and [token, head, d + D/2] in the other; its axes."""
         for x, index in reversed(low.chain):
             order = self._order(index)
-            if order is None or static(shape(x)[order[2]]) != 2 * self.half:
+            if order is None or not same_shape([shape(x)[a] for a in order], self.extents):
                 continue
             other = [*index]
             other[order[2]] = self.dim + self.half
@@ -284,7 +287,7 @@ class _RotationMatcher:
     def _half_table(self, read: _Read) -> _Table | None:
         for tensor, index in reversed(read.chain):
             extents = shape(tensor)
-            sizes = len(extents) == 2 and same_extent(extents[0], self.n) and static(extents[1]) == self.half
+            sizes = len(extents) == 2 and same_extent(extents[0], self.extents[0]) and static(extents[1]) == self.half
             if sizes and index[0].same_as(self.token) and index[1].same_as(self.dim):
                 return _Table(tensor)
         inner = self._operand(*read.source)
