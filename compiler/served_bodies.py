@@ -95,7 +95,7 @@ def _kv_append(builder: relax.BlockBuilder, spec: AppendSpec) -> _Body:
 
 
 def _append(emit: Emit, kernel: ir.GlobalVar, pages: Expr, *rest: Expr) -> Expr:
-    return emit(op.call_tir_inplace(kernel, [pages, *rest], 0, pages.ty), "pages")
+    return emit(op.call_tir_inplace(kernel, [pages, *rest], 0, pages.ty))
 
 
 def append_kernel(kv: KVFormat) -> tirx.PrimFunc:
@@ -128,7 +128,8 @@ def append_kernel(kv: KVFormat) -> tirx.PrimFunc:
 
 
 def _paged_attention(builder: relax.BlockBuilder, spec: PagedAttentionSpec) -> _Body:
-    attention, extents = spec.attention, {}
+    attention = spec.attention
+    extents: dict[str, tirx.Var] = {}
     inputs = input_vars(STEP_INPUTS, extents, PAGED_ATTENTION_INPUTS)
     q = tensor("q", (extents["t"], attention.heads, attention.head_dim))
     params = [q, pages_var(spec.kv), *inputs.values(), _layer_var()]

@@ -49,7 +49,7 @@ class FuseLinearNeighbours(Pass):
         for var, (name, spec) in composites.items():
             if name in ("rms_norm", "gated"):
                 _take_prologue(scope, linears, var, name, spec)
-        ends = {}  # binding that gets the linear's result -> linear
+        ends: dict[Any, Any] = {}  # binding that gets the linear's result -> linear
         for binding in bindings(func):
             if op_name(binding.value) == "add":
                 _take_residual(scope, linears, binding, ends)

@@ -12,6 +12,7 @@ from tilewright.compiler.packed_weights import packed_dtype, packed_shape
 from tilewright.compiler.pass_base import Pass
 from tilewright.compiler.relax_utils import (
     Emitter,
+    Expr,
     Rule,
     Scope,
     bindings,
@@ -47,11 +48,11 @@ class QuantizeWeights(Pass):
         _, func = main_function(mod)
         entries = dict(zip(weight_params(func), param_entries(func), strict=True))
         calls = {
-            b.var: (found[0], found[1], b.value.args[_WEIGHT_ARGUMENT[found[0]]])
+            b.var: (*found, b.value.args)
             for b in bindings(func)
             if (found := composite_of(mod, b.value)) is not None and found[0] in _WEIGHT_ARGUMENT
         }
-        weights = {weight for _, _, weight in calls.values()}
+        weights = {args[_WEIGHT_ARGUMENT[name]] for name, _, args in calls.values()}
         _check_readers(mod, func, weights, calls, entries)
         formats = {weight: self._format(entries[weight]) for weight in weights}
         new_entries = [e | {"format": formats[p]} if p in formats else e for p, e in entries.items()]
@@ -61,17 +62,15 @@ class QuantizeWeights(Pass):
             emitter.new.update(zip(func.params, fresh, strict=True))
             return fresh
 
-        def rule(var: Any) -> Rule:
-            name, spec, weight = calls[var]
-            packed = replace(spec, weight_format=formats[weight])
-            args = Scope(func).definition[var].args
+        def rule(name: str, spec: Any, args: list[Expr]) -> Rule:
+            packed = replace(spec, weight_format=formats[args[_WEIGHT_ARGUMENT[name]]])
             return lambda emitter: relax.Call(
                 add_served_composite(emitter.builder, name, packed), [emitter.map(a) for a in args]
             )
 
         return rebuild(
             _without_plain_forms(mod),
-            {var: rule(var) for var in calls},
+            {var: rule(*call) for var, call in calls.items()},
             params=params,
             attrs={"tw.params": json.dumps(new_entries)},
         )

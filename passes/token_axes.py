@@ -180,8 +180,10 @@ def _view(proof: _Proof, call: Expr, axes: list[Axis]) -> Axis:
     """Follow one index: element [.., i, ..] of the result must come from token i of the source."""
     if axes[0] is None:
         return _view_of_constant(proof, call)
-    if op_name(call) == "strided_slice" and axes[0] in (slice_ranges(call) or {axes[0]: None}):
-        raise _Mixed("picks among tokens")
+    if op_name(call) == "strided_slice":
+        ranges = slice_ranges(call)
+        if ranges is None or axes[0] in ranges:
+            raise _Mixed("picks among tokens")
     analyzer = tvm.sym.Analyzer()
     index = index_vars(shape(call), analyzer)
     source = push_view(call, index, analyzer)
