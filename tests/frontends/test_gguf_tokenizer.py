@@ -73,7 +73,7 @@ def train(split: Any) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
     )
-    tokenizer.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(**options))
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
 
 
