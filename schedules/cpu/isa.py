@@ -1,8 +1,8 @@
 """Vector primitives of the CPU kernels: 16 lanes wide, written with TVM's IRBuilder.
 
 Every value is a TIR expression; `bound` values are SSA names, so an expression used twice is computed once. LLVM splits
-the 16 lanes where the machine has narrower registers. What differs between machines (the int8 dot product, float16) is
-in `Isa`, chosen by target features; all else is portable.
+the 16 lanes where the machine has narrower registers. What differs between machines is in `Isa`
+(float16) and in int8_dot.py, chosen by target features; all else is portable.
 
 TVM lets LLVM contract a*b + c into one rounding wherever it likes. Kernels must agree bit for bit, so a product that
 feeds a sum is always written as `fma`, never as `*` and `+`.
@@ -131,6 +131,11 @@ def permute(value: Expr, indices: Sequence[int]) -> Expr:
     return T.bind(tirx.Shuffle([value], [tirx.const(i, "int32") for i in indices]))
 
 
+def concatenate(vectors: Sequence[Expr], lanes: int) -> Expr:
+    """Several equal vectors, one after the other; `lanes` in all."""
+    return T.bind(tirx.Shuffle(list(vectors), [tirx.const(i, "int32") for i in range(lanes)]))
+
+
 def lane(value: Expr, index: int) -> Expr:
     return T.bind(tirx.Shuffle([value], [tirx.const(index, "int32")]))
 
@@ -254,23 +259,13 @@ class Isa:
     """The primitives that target features decide. All choices give the same bits."""
 
     vnni: bool
+    avx2: bool
     f16c: bool
 
     @staticmethod
     def of(target: Target) -> "Isa":
-        return Isa(vnni=target.has("avx512vnni"), f16c=target.has("f16c") or target.has("avx512"))
-
-    def dp4(self, acc: Expr, weights: Expr, x: Expr) -> Expr:
-        """acc int32x16 + the dot, in each lane, of 4 bytes: weights uint8x64, x int32x16 that packs 4 int8. Exact."""
-        if self.vnni:
-            packed = T.reinterpret("int8x64", x)
-            return _call(I32, "llvm.x86.avx512.vpdpbusd.512", acc, weights, packed)
-        words = T.bind(T.reinterpret(I32, weights))
-        for i in range(4):
-            w = T.bitwise_and(T.shift_right(words, splat(8 * i)), splat(255))
-            s = T.shift_right(T.shift_left(x, splat(24 - 8 * i)), splat(24))
-            acc = acc + w * s
-        return T.bind(acc)
+        avx512 = target.has("avx512")
+        return Isa(target.has("avx512vnni"), avx512 or target.has("avx2"), avx512 or target.has("f16c"))
 
     def half_to_float(self, half: Expr) -> Expr:
         """float16x16 or its bits as uint16x16 -> float32x16, exact for every finite value."""
