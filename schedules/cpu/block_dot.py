@@ -12,9 +12,11 @@ and starts the dot at -8 sum x, q8_0 uses q + 128 and starts at -128 sum x.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tilewright.models.quant.base import BLOCK
 from tilewright.schedules.cpu import isa
+from tilewright.schedules.cpu.int8_dot import Dot, dot_for
 from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, Isa, T
 
 BLOCK_KERNEL_FORMATS = ("q4_0", "q4_1", "q8_0")
@@ -84,20 +86,35 @@ class BlockFormat:
     def _bytes(self, weight: Buffer, panel: Expr, block: Expr, group: int) -> Expr:
         return T.bind(T.bitwise_xor(isa.load(weight, panel, block, 64 * group, lanes=64), isa.bytes_of(128)))
 
+    @cached_property
+    def products(self) -> Dot:
+        """How to multiply what `weights` gives."""
+        return dot_for(self.isa, 15 if self._nibbles else 255)
+
     def dot(self, weight: Buffer, panel: Expr, block: Expr, x: Sequence[Expr], correction: Expr) -> Expr:
-        """The dot of a block for one token; x: its 8 int32, each 4 packed int8. Two chains hide the latency."""
-        chains = [self.start(correction), isa.splat(0)]
-        if not self._nibbles:
-            for j in range(GROUPS):
-                w = self._bytes(weight, panel, block, j)
-                chains[j % 2] = self.isa.dp4(chains[j % 2], w, isa.splat(x[j]))
-            return T.bind(chains[0] + chains[1])
-        for j in range(GROUPS // 2):  # high nibbles stay in place: 16 times their dot, shifted down at the end
-            w = isa.load(weight, panel, block, 64 * j, lanes=64)
-            low, high = (T.bitwise_and(w, isa.bytes_of(mask)) for mask in (0x0F, 0xF0))
-            chains[0] = self.isa.dp4(chains[0], T.bind(low), isa.splat(x[j]))
-            chains[1] = self.isa.dp4(chains[1], T.bind(high), isa.splat(x[j + GROUPS // 2]))
-        return T.bind(chains[0] + T.shift_right(chains[1], isa.splat(4)))
+        """The dot of a block for one token; x: its 8 int32, each 4 packed int8."""
+        vectors = [isa.splat(word) for word in x]
+        if self._nibbles and self.isa.vnni:
+            return self._dot_in_place(weight, panel, block, vectors, self.start(correction))
+        w = self.weights(weight, panel, block)
+        half = GROUPS // 2  # two chains hide the latency
+        chains = [self._chain(self.start(correction), w[:half], vectors[:half])]
+        chains.append(self._chain(isa.splat(0), w[half:], vectors[half:]))
+        return T.bind(chains[0] + chains[1])
+
+    def _dot_in_place(self, weight: Buffer, panel: Expr, block: Expr, x: list[Expr], start: Expr) -> Expr:
+        """High nibbles need no shift where bytes of any size multiply as fast: their dot is 16-fold."""
+        half = GROUPS // 2
+        packed = [isa.load(weight, panel, block, 64 * j, lanes=64) for j in range(half)]
+        low, high = ([T.bind(T.bitwise_and(v, isa.bytes_of(mask))) for v in packed] for mask in (0x0F, 0xF0))
+        shifted = T.shift_right(self._chain(isa.splat(0), high, x[half:]), isa.splat(4))
+        return T.bind(self._chain(start, low, x[:half]) + shifted)
+
+    def _chain(self, start: Expr, weights: Sequence[Expr], x: Sequence[Expr]) -> Expr:
+        state = self.products.begin(start)
+        for w, values in zip(weights, x, strict=True):
+            state = self.products.add(state, w, values)
+        return self.products.end(state)
 
     def accumulate(self, acc: Expr, dot: Expr, d: Expr, m: Expr | None, scale: Expr, correction: Expr) -> Expr:
         """One block's step of the sum; scale and correction are the activations' scalars."""

@@ -48,7 +48,7 @@ class LinearBlockGemm(Schedule):
         return match_linear(call, target, BLOCK_KERNEL_FORMATS)
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[GemmTile]:
-        return [GemmTile(t) for t in ((8, 4, 6, 10, 12) if target.has("avx512") else (2, 4, 1, 8))]
+        return [GemmTile(t) for t in ((8, 4, 6, 10, 12) if target.has("avx512") else (8, 4, 2))]
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         return linear_floor(facts)
@@ -126,13 +126,14 @@ class BlockProduct:
             at = T.bind(first * blocks + b * rows + skip)
             w = form.weights(self.weight, panel, b)
             d, low = form.scales(self.weight, panel, b)
-            dots = [form.start(self.corrections[at + i]) for i in range(count)]
+            states = [form.products.begin(form.start(self.corrections[at + i])) for i in range(count)]
             for j in range(GROUPS):
                 for i in range(count):
-                    dots[i] = form.isa.dp4(dots[i], w[j], isa.splat(self.words[(at + i) * GROUPS + j]))
+                    x = isa.splat(self.words[(at + i) * GROUPS + j])
+                    states[i] = form.products.add(states[i], w[j], x)
             for i, acc in enumerate(sums):
                 here = self.scales[at + i], self.corrections[at + i]
-                isa.store(acc, form.accumulate(isa.load(acc, 0), dots[i], d, low, *here), 0)
+                isa.store(acc, form.accumulate(isa.load(acc, 0), form.products.end(states[i]), d, low, *here), 0)
         for i, acc in enumerate(sums):
             self.end.write(isa.load(acc, 0), first + skip + i, panel)
 
