@@ -127,4 +127,8 @@ def _in_place(array: np.ndarray) -> np.ndarray:
 
 
 def _tensor(value: np.ndarray | int):
-    return value if isinstance(value, int) else tvm.runtime.from_dlpack(value)
+    if isinstance(value, int):
+        return value
+    if value.size == 0:  # numpy gives an empty array any address
+        return tvm.runtime.empty(value.shape, str(value.dtype))
+    return tvm.runtime.from_dlpack(value)
