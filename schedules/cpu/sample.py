@@ -6,7 +6,8 @@ threshold that still keeps k tokens, or the mass p. All sums are float32 in a fi
 bits, and a row's result does not depend on the other rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -192,12 +193,13 @@ class _Builder:
     def _sum(self, term: Callable[[Expr], Expr]) -> Expr:
         return self._sums(lambda x: [term(x)], 1)[0]
 
-    def _sums(self, terms: Callable[[Expr], Sequence[Expr]], count: int) -> list[Expr]:
-        """Sums over the row of `count` terms of each vector: in a chunk, then over chunks, then over lanes."""
+    def _sums(self, terms: Callable[[Expr], Sequence[Expr]], count: int, at_least: Expr | None = None) -> list[Expr]:
+        """Sums over the row of `count` terms of each vector: in a chunk, then over chunks, then over lanes.
+        `at_least`: terms of smaller values are zero, so a chunk whose maximum is below it is passed over."""
         totals, parts = ([registers() for _ in range(count)] for _ in range(2))
         for total in totals:
             store(total, splat(0.0), 0)
-        with T.serial(0, self.chunks) as chunk:
+        with self._chunks_with(at_least) as chunk:
             for part in parts:
                 store(part, splat(0.0), 0)
             with T.serial(0, CHUNK_VECTORS) as i:
@@ -206,6 +208,16 @@ class _Builder:
             for total, part in zip(totals, parts, strict=True):
                 store(total, load(total, 0) + load(part, 0), 0)
         return [settled(sum_lanes(load(total, 0)), "float32") for total in totals]
+
+    @contextmanager
+    def _chunks_with(self, at_least: Expr | None) -> Iterator[Expr]:
+        """A loop over the chunks that hold a value of at least that much, by `chunk_max`."""
+        with T.serial(0, self.chunks) as chunk:
+            if at_least is None:
+                yield chunk
+            else:
+                with T.If(self.chunk_max[chunk] >= at_least), T.Then():
+                    yield chunk
 
     # --- alternatives -------------------------------------------------------------------------------------------------
 
@@ -265,6 +277,7 @@ class _Builder:
         T.buffer_store(lowest, self.inputs["min_p"][r], [0])  # the greatest weight is exp(0) = 1
         top_p = T.bind(self.inputs["top_p"][r])
         with T.If(top_p < T.float32(1.0)), T.Then():
+            self._chunk_maxima()
             goal = settled(top_p * self._sum(lambda x: x), "float32")
             T.buffer_store(lowest, T.max(lowest[0], self._top_p_threshold(goal)), [0])
         kept = settled(lowest[0], "float32")
@@ -277,12 +290,12 @@ class _Builder:
     def _top_k_threshold(self, k: Expr) -> Expr:
         """The k-th largest value of the row."""
 
-        def enough(thresholds: Sequence[Expr]) -> list[Expr]:
+        def enough(thresholds: Sequence[Expr]) -> list[Expr]:  # the smallest first
             counts = [registers(dtype="int32") for _ in thresholds]
             for count in counts:
                 store(count, splat(0), 0)
-            with T.serial(0, self.chunks * CHUNK_VECTORS) as i:
-                x = load(self.row, i * LANES)
+            with self._chunks_with(thresholds[0]) as chunk, T.serial(0, CHUNK_VECTORS) as i:
+                x = load(self.row, chunk * CHUNK + i * LANES)
                 for count, threshold in zip(counts, thresholds, strict=True):
                     store(count, load(count, 0) + T.Select(x >= splat(threshold), splat(1), splat(0)), 0)
             return [sum_lanes_i32(load(count, 0)) >= k for count in counts]
@@ -297,7 +310,11 @@ class _Builder:
             return T.reinterpret("float32", bits)
 
         def enough(thresholds: Sequence[Expr]) -> list[Expr]:
-            masses = self._sums(lambda x: [T.Select(x >= splat(t), x, splat(0.0)) for t in thresholds], len(thresholds))
+
+            def kept(x: Expr) -> list[Expr]:
+                return [T.Select(x >= splat(t), x, splat(0.0)) for t in thresholds]
+
+            masses = self._sums(kept, len(thresholds), at_least=thresholds[0])
             return [mass >= goal for mass in masses]
 
         return float_of_bits(self._largest(32, float_of_bits, enough, done=2))
