@@ -1,10 +1,12 @@
 """One form for every source of graphs: `forward` over tokens[n], without batch axis, identities, or dead code."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import ir, relax, tirx
 
@@ -75,14 +77,39 @@ def _entry(param: Any) -> dict[str, Any]:
 
 
 def _drop_identities(mod: tvm.IRModule) -> tvm.IRModule:
-    """Casts to the same dtype, factors of one, dropout outside of training: each becomes its operand."""
+    """Casts to the same dtype, factors of one, dropout outside of training: each becomes its operand.
+
+    Infinities become the largest numbers.
+    """
     scope = Scope(main_function(mod)[1])
     rules: dict[Any, Rule] = {}
     for var, value in scope.definition.items():
         operand = _identity_of(scope, value)
         if operand is not None:
             rules[var] = lambda emit, x=operand: emit.map(x)
+        elif isinstance(value, ir.Call) and any(_is_infinite(a) for a in value.args):
+            rules[var] = _with_finite_constants(value)
+        elif _is_infinite(value):
+            rules[var] = lambda emit, x=value: _finite(x)
     return rebuild(mod, rules)
+
+
+def _is_infinite(expr: Expr) -> bool:
+    number = scalar(expr)
+    return isinstance(number, float) and math.isinf(number)
+
+
+def _finite(constant: Expr) -> Expr:
+    """The largest float32 in place of infinity: to a softmax the same, and it can be printed, parsed and lowered."""
+    return relax.const(math.copysign(np.finfo(np.float32).max, scalar(constant)), "float32")
+
+
+def _with_finite_constants(value: Expr) -> Rule:
+    def emit(emitter: Emitter) -> Expr:
+        args = [_finite(a) if _is_infinite(a) else emitter.map(a) for a in value.args]
+        return relax.Call(value.op, args, value.attrs, value.ty_args)
+
+    return emit
 
 
 def _identity_of(scope: Scope, value: Expr) -> Expr | None:
@@ -91,9 +118,10 @@ def _identity_of(scope: Scope, value: Expr) -> Expr | None:
     if name == "astype" and dtype(value) == dtype(value.args[0]):
         return value.args[0]
     if name in ("multiply", "divide"):
-        for x, one in ((value.args[0], value.args[1]), (value.args[1], value.args[0])):
-            if scope.number(one) == 1 and len(shape(x)) == len(shape(value)) and isinstance(x, relax.Var):
-                return x if name == "multiply" or x is value.args[0] else None
+        left, right = value.args
+        for x, one in ((left, right), (right, left))[: 2 if name == "multiply" else 1]:
+            if scope.number(one) == 1 and isinstance(x, relax.Var) and len(shape(x)) == len(shape(value)):
+                return x
     if isinstance(value, relax.TupleGetItem) and value.index == 0 and scope.is_op(value.tuple_value, "nn.dropout"):
         return scope.args(value.tuple_value)[0]
     return None

@@ -26,7 +26,7 @@ from tilewright.compiler.relax_utils import (
     shortest,
     static,
 )
-from tilewright.compiler.scalar_values import Mask, classify_mask, scalar_at
+from tilewright.compiler.scalar_values import HIDDEN, Mask, classify_mask, scalar_at
 from tilewright.compiler.views import (
     Analyzer,
     Index,
@@ -239,7 +239,7 @@ class _Matcher:
         return peel(self.scope, probabilities, inner, self.ana)
 
     def _is_no_key_visible(self, condition: Expr, scores: Expr) -> bool:
-        """not max(not (scores == -inf), keys), with casts to and from the integers that max wants."""
+        """not max(not (scores == lowest), keys), with casts to and from the integers that max wants."""
         scope = self.scope
 
         def uncast(expr: Expr) -> Expr:
@@ -256,7 +256,8 @@ class _Matcher:
         if not scope.is_op(equal, "equal"):
             return False
         compared, bound = scope.args(equal)
-        return scope.number(bound) == float("-inf") and scope.same(compared, scores)
+        lowest = scope.number(bound)
+        return lowest is not None and lowest <= HIDDEN and scope.same(compared, scores)
 
     def _query_head(self, heads: int) -> Expr | None:
         """The head of q that this result belongs to, where q has that number of heads."""

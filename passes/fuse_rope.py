@@ -148,7 +148,7 @@ class _Elements:
 
 @dataclass(frozen=True)
 class _Table:
-    """f32[n, D/2] of cosines or sines: `steps` applied to the tensor `source`, innermost first.
+    """f32[n, D/2] of cosines or sines: `steps` applied to `source`, innermost first; unit axes of it aside.
 
     A step is a unary operator (its call, None), or a multiplication by a number (its call, number).
     """
@@ -285,14 +285,21 @@ class _RotationMatcher:
         return (value, number, read) if sign == 1 else None
 
     def _half_table(self, read: _Read) -> _Table | None:
-        for tensor, index in reversed(read.chain):
-            extents = shape(tensor)
-            sizes = len(extents) == 2 and same_extent(extents[0], self.extents[0]) and static(extents[1]) == self.half
-            if sizes and index[0].same_as(self.token) and index[1].same_as(self.dim):
-                return _Table(tensor)
+        tables = [tensor for tensor, index in read.chain if self._is_half_table(tensor, index)]
+        if tables:
+            return _Table(min(tables, key=lambda t: len(shape(t))))
         inner = self._operand(*read.source)
         table = self._half_table(inner[2]) if inner else None
         return _Table(table.source, (*table.steps, inner[:2])) if table and inner else None
+
+    def _is_half_table(self, tensor: Expr, index: Index) -> bool:
+        """[n, D/2] read at (token, d), unit axes aside."""
+        wide = [(e, x) for e, x in zip(shape(tensor), index, strict=True) if static(e) != 1]
+        if len(wide) != 2:
+            return False
+        (rows, token), (columns, dim) = wide
+        sized = same_extent(rows, self.extents[0]) and static(columns) == self.half
+        return sized and token.same_as(self.token) and dim.same_as(self.dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +314,11 @@ class _Tables:
 
     def emit(self, emit: Emitter, table: _Table) -> Expr:
         tensor, key = emit.map(table.source), (table.source,)
+        extents = [e for e in shape(table.source) if static(e) != 1]
+        if len(extents) < len(shape(table.source)):
+            if key not in self.emitted:
+                self.emitted[key] = emit(relax.op.reshape(tensor, extents))
+            tensor = self.emitted[key]
         for call, number in table.steps:
             key = (*key, op_name(call), str(call.attrs), number)
             if key not in self.emitted:
