@@ -143,7 +143,9 @@ def test_full_queue_refuses_streams_and_holds_generate_back() -> None:
     model = GatedModel()
     with Engine(model, EngineLimits(max_batch=1, max_queue=1)) as engine:
         done: list[object] = []
-        worker = threading.Thread(target=lambda: done.extend(engine.generate([[i] for i in range(5)], PARAMS)))
+        worker = threading.Thread(
+            target=lambda: done.extend(engine.generate([[i] for i in range(5)], PARAMS)), daemon=True
+        )
         worker.start()
         assert model.entered.wait(10)
         end = time.monotonic() + 10
@@ -176,7 +178,7 @@ def test_a_dead_device_ends_everything() -> None:
         async for _ in engine.stream([1], PARAMS):
             raise AssertionError("a dead device said something")
 
-    threads = [threading.Thread(target=caller) for _ in range(3)]
+    threads = [threading.Thread(target=caller, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     assert model.entered.wait(10)
@@ -223,9 +225,32 @@ def test_an_abandoned_engine_stops_its_thread() -> None:
 
 
 def test_interrupting_generate_cancels() -> None:
-    engine = Engine(FakeModel())
+    model = GatedModel()
+    engine = Engine(model)
     engine._checked = lambda event: (_ for _ in ()).throw(KeyboardInterrupt)  # as Ctrl-C does while it waits
+    real_step = model.step
+
+    def one_step(batch):
+        result = real_step(batch)
+        if engine.stats.steps:
+            assert cancelled.wait(10)
+        return result
+
+    cancelled = threading.Event()
+    model.step = one_step
+    model.gate.set()
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1], [2]], SamplingParams(max_tokens=90, seed=0))
+    cancelled.set()
     idle(engine)
+    assert engine.stats.steps <= 3
     engine.close()
+
+
+def test_an_idle_engine_sleeps() -> None:
+    with Engine(FakeModel()) as engine:
+        engine.generate([[1]], PARAMS)
+        idle(engine)
+        before = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - before < 0.1

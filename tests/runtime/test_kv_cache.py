@@ -43,25 +43,26 @@ class PoolMachine(RuleBasedStateMachine):
         assert not len(table) and not len(table.array)
 
     @precondition(lambda self: self.tables)
-    @rule(given_up=st.sets(st.integers(0, 99), max_size=3), which=st.integers(0, 99), tokens=st.integers(1, 9))
-    def plan(self, given_up: set[int], which: int, tokens: int) -> None:
-        """The ledger foretells exactly what releasing and extending will leave free."""
-        chosen = which % len(self.tables)
+    @rule(
+        leaving=st.sets(st.integers(0, 99), max_size=2), growing=st.dictionaries(st.integers(0, 99), st.integers(1, 9))
+    )
+    def plan(self, leaving: set[int], growing: dict[int, int]) -> None:
+        """The ledger foretells exactly what releasing some and extending others will leave free."""
+        count = len(self.tables)
+        grow = {which % count: tokens for which, tokens in growing.items()}
+        leave = {which % count for which in leaving} - set(grow)
         ledger = self.pool.ledger()
-        leaving = {g % len(self.tables) for g in given_up} - {chosen}
-        for g in leaving:
-            ledger.release(self.tables[g][0])
-        table, marks = self.tables[chosen]
-        need = ledger.need(table, len(marks), tokens)
-        fits = ledger.extend(table, len(marks), tokens)
-        for g in sorted(leaving, reverse=True):
-            self.pool.release(self.tables[g][0])
-        before = self.pool.free
-        assert fits == (need <= before)
-        if fits:
-            self.write(chosen, tokens)
-            assert self.pool.free == before - need == ledger.free
-        self.tables = [entry for i, entry in enumerate(self.tables) if i not in leaving]
+        for which in leave:
+            ledger.release(self.tables[which][0])
+            self.pool.release(self.tables[which][0])
+            assert ledger.free == self.pool.free
+        for which, tokens in grow.items():
+            table, marks = self.tables[which]
+            fits = ledger.extend(table, len(marks), tokens)
+            assert fits == (self.pool.ledger().need(table, len(marks), tokens) <= self.pool.free)
+            self.write(which, tokens)
+            assert ledger.free == self.pool.free
+        self.tables = [entry for i, entry in enumerate(self.tables) if i not in leave]
 
     def write(self, which: int, tokens: int) -> None:
         table, marks = self.tables[which]
@@ -90,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 def test_check_sees_a_leak() -> None:

@@ -30,8 +30,8 @@ def byte_level() -> str:
 
 
 @functools.cache
-def byte_fallback(strip: bool = True) -> str:
-    """strip: with the decoder of Llama 2, which takes the space off that encoding puts before a text; else Gemma's."""
+def byte_fallback(strip: int = 1) -> str:
+    """strip: how many spaces decoding takes off a text. 1: Llama 2, where encoding puts one there; 0: Gemma."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.train_from_iterator(TEXT[:1] * 3, trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>"]))
@@ -41,8 +41,8 @@ def byte_fallback(strip: bool = True) -> str:
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
     merges = [tuple(m) for m in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    prepend = [normalizers.Prepend("▁")] if strip else []
+    prepend = [normalizers.Prepend("▁")] * strip
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
     chain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*chain, decoders.Strip(" ", 1, 0)] if strip else chain)
+    tokenizer.decoder = decoders.Sequence([*chain, decoders.Strip(" ", strip, 0)] if strip else chain)
     return _with_added_tokens(tokenizer)
