@@ -47,21 +47,24 @@ class PoolMachine(RuleBasedStateMachine):
         leaving=st.sets(st.integers(0, 99), max_size=2), growing=st.dictionaries(st.integers(0, 99), st.integers(1, 9))
     )
     def plan(self, leaving: set[int], growing: dict[int, int]) -> None:
-        """The ledger foretells exactly what releasing some and extending others will leave free."""
+        """The ledger foretells exactly what releasing some and then extending others will leave free."""
         count = len(self.tables)
         grow = {which % count: tokens for which, tokens in growing.items()}
         leave = {which % count for which in leaving} - set(grow)
-        ledger = self.pool.ledger()
+        ledger, foretold = self.pool.ledger(), []
         for which in leave:
             ledger.release(self.tables[which][0])
-            self.pool.release(self.tables[which][0])
-            assert ledger.free == self.pool.free
+            foretold.append(ledger.free)
         for which, tokens in grow.items():
             table, marks = self.tables[which]
-            fits = ledger.extend(table, len(marks), tokens)
-            assert fits == (self.pool.ledger().need(table, len(marks), tokens) <= self.pool.free)
+            ledger.extend(table, len(marks), tokens)
+            foretold.append(ledger.free)
+        for which in leave:
+            self.pool.release(self.tables[which][0])
+            assert self.pool.free == foretold.pop(0)
+        for which, tokens in grow.items():
             self.write(which, tokens)
-            assert ledger.free == self.pool.free
+            assert self.pool.free == foretold.pop(0)
         self.tables = [entry for i, entry in enumerate(self.tables) if i not in leave]
 
     def write(self, which: int, tokens: int) -> None:
