@@ -117,3 +117,12 @@ def test_ledgers_change_nothing() -> None:
     ledger.release(table)
     pool.check([table])
     assert pool.free == 2
+
+
+def test_the_last_holder_of_a_page_may_keep_it_within_one_plan() -> None:
+    pool, first = PagePool(4, 2), PageTable()
+    pool.extend(first, 0, 3)
+    second = pool.fork(first)
+    ledger = pool.ledger()
+    assert ledger.extend(first, 3, 1) and ledger.free == 1, "a copy of the shared page"
+    assert ledger.extend(second, 3, 1) and ledger.free == 1, "which is its own by then"
