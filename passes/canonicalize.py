@@ -86,12 +86,14 @@ def _drop_identities(mod: tvm.IRModule) -> tvm.IRModule:
     for var, value in scope.definition.items():
         operand = _identity_of(scope, value)
         if operand is not None:
-            rules[var] = lambda emit, x=operand: emit.map(x)
-        elif isinstance(value, ir.Call) and any(_is_infinite(a) for a in value.args):
+            rules[var] = _renaming(operand)
+        elif _is_infinite(value) or (isinstance(value, ir.Call) and any(map(_is_infinite, value.args))):
             rules[var] = _with_finite_constants(value)
-        elif _is_infinite(value):
-            rules[var] = lambda emit, x=value: _finite(x)
     return rebuild(mod, rules)
+
+
+def _renaming(operand: Expr) -> Rule:
+    return lambda emit: emit.map(operand)
 
 
 def _is_infinite(expr: Expr) -> bool:
@@ -106,6 +108,8 @@ def _finite(constant: Expr) -> Expr:
 
 def _with_finite_constants(value: Expr) -> Rule:
     def emit(emitter: Emitter) -> Expr:
+        if _is_infinite(value):
+            return _finite(value)
         args = [_finite(a) if _is_infinite(a) else emitter.map(a) for a in value.args]
         return relax.Call(value.op, args, value.attrs, value.ty_args)
 

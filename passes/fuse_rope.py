@@ -313,7 +313,8 @@ class _Tables:
         self.emitted: dict[Any, Expr] = {}
 
     def emit(self, emit: Emitter, table: _Table) -> Expr:
-        tensor, key = emit.map(table.source), (table.source,)
+        tensor: Expr = emit.map(table.source)
+        key: tuple[Any, ...] = (table.source,)
         extents = [e for e in shape(table.source) if static(e) != 1]
         if len(extents) < len(shape(table.source)):
             if key not in self.emitted:
