@@ -1,8 +1,9 @@
 """Many tokens times a block-quantised weight on matrix tiles (AMX int8).
 
 Groups of 16 rows go through tiles: a panel of the weight is unpacked once into scratch, then each block of 32 inputs is
-one tile product whose sums are stored and scaled as in every other kernel, so the bits are the same. The rows after the
-last whole group, and so all rows where there are fewer than 16, take the dot-product steps of linear_block_gemm.
+one tile product whose sums are stored and scaled as in every other kernel, so the bits are the same. Because of that
+step after every block, tiles gain little on dot products, and only with many rows: fewer than `from_rows`, and the rows
+after the last whole group, take the steps of linear_block_gemm.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +26,17 @@ PANEL_BYTES = LANES * BLOCK  # an unpacked block of 16 outputs
 
 @dataclass(frozen=True)
 class AmxTile:
-    """depth: blocks whose tile products are in flight together, a divisor of the number of blocks."""
+    """depth: blocks whose tile products are in flight together, a divisor of the number of blocks.
+
+    from_rows: the least number of rows that go through tiles; at about 64 tiles were measured to overtake dot products.
+    """
 
     depth: int
+    from_rows: int = 64
 
     def __post_init__(self) -> None:
+        if self.from_rows < TOKENS:
+            raise ValueError(f"{self.from_rows} rows do not fill a tile of {TOKENS}")
         if self.depth not in (1, 2):
             raise ValueError(f"depth {self.depth} is neither 1 nor 2, the tiles that there are for sums")
 
@@ -43,8 +50,8 @@ class LinearBlockAmx(Schedule):
     def match(self, call: Call, target: Target) -> LinearFacts | Reject:
         if not target.has("amx_int8"):
             return Reject("needs the target feature amx_int8")
-        if call.m_max < TOKENS:
-            return Reject(f"needs at least {TOKENS} rows to fill a tile, and there are at most {call.m_max}")
+        if call.m_max < AmxTile.from_rows:
+            return Reject(f"pays from {AmxTile.from_rows} rows on, and there are at most {call.m_max}")
         return match_linear(call, target, BLOCK_KERNEL_FORMATS)
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[AmxTile]:
@@ -65,14 +72,18 @@ def _gemm(facts: LinearFacts, form: BlockFormat, tile: AmxTile, ops: TileOps) ->
         product = BlockProduct.declare(facts, form)
         xq = T.decl_buffer((product.m * facts.k,), "int8", data=product.words.data)
         with T.parallel(0, facts.panels) as panel:
-            with T.If(product.m >= TOKENS), T.Then():
-                unpacked = T.alloc_buffer((blocks * PANEL_BYTES,), "uint8")
-                scales = T.alloc_buffer((blocks, 2, LANES), "float32")
-                _unpack(product, panel, unpacked, scales)
-                ops.begin()
-                with T.serial(0, product.m // TOKENS) as group:
-                    _group(product, ops, tile, group * TOKENS, panel, xq, unpacked, scales)
-                ops.end()
+            with T.If(product.m >= tile.from_rows):
+                with T.Then():
+                    unpacked = T.alloc_buffer((blocks * PANEL_BYTES,), "uint8")
+                    scales = T.alloc_buffer((blocks, 2, LANES), "float32")
+                    _unpack(product, panel, unpacked, scales)
+                    ops.begin()
+                    with T.serial(0, product.m // TOKENS) as group:
+                        _group(product, ops, tile, group * TOKENS, panel, xq, unpacked, scales)
+                    ops.end()
+                with T.Else(), T.serial(0, product.m // TOKENS * 2) as half:
+                    first = T.bind(half // 2 * TOKENS)
+                    product.step(first, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, panel)
             product.last_group(TOKENS, panel)
     return built.get()
 

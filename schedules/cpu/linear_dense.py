@@ -48,7 +48,12 @@ class LinearDense(Schedule):
         return match_linear(call, target, DENSE_FORMATS)
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[DenseTile]:
-        wide = ((8, 2), (6, 4), (12, 2), (8, 1)) if target.has("avx512") else ((4, 1), (2, 2), (8, 1))
+        if not target.has("avx512"):
+            wide = ((4, 1), (2, 2), (8, 1))
+        elif facts.spec.weight_format == "f32":
+            wide = ((8, 2), (6, 4), (8, 1))
+        else:  # four panels keep enough in flight while elements are widened
+            wide = ((6, 4), (8, 2), (8, 1))
         return [DenseTile(t, p) for t, p in wide if facts.panels % p == 0]
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:

@@ -32,8 +32,11 @@ class AmxTiles:
     """The instructions. The process must have asked the kernel for tile registers first (arch_prctl 0x1023, 18)."""
 
     def begin(self) -> None:
-        """Load the configuration: palette 1, bytes a row from byte 16 on, rows from byte 48 on."""
-        config = T.alloc_buffer((64,), "uint8", scope="global")
+        """Load the configuration: palette 1, bytes a row from byte 16 on, rows from byte 48 on.
+
+        Its scope keeps it apart: in storage shared with sums, its address would keep those sums out of registers.
+        """
+        config = T.alloc_buffer((64,), "uint8", scope="local")
         store(config, bytes_of(0), 0, lanes=64)
         values = {0: 1}
         for tiles, row_bytes, rows in ((SUMS, 64, TOKENS), (ACTIVATIONS, INPUTS, TOKENS), (WEIGHTS, 64, INPUTS // 4)):

@@ -16,7 +16,7 @@ from tilewright.compiler.checkpoint import BLOCK_FORMATS
 from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Reject
-from tilewright.schedules.cpu.linear_block_amx import LinearBlockAmx
+from tilewright.schedules.cpu.linear_block_amx import AmxTile, LinearBlockAmx
 from tilewright.schedules.cpu.linear_block_gemm import GemmTile, LinearBlockGemm
 from tilewright.schedules.cpu.linear_block_gemv import GemvTile, LinearBlockGemv
 from tilewright.schedules.cpu.tile_ops import PlainTiles
@@ -125,14 +125,15 @@ def test_other_instruction_sets_give_the_same_bits(form, target):
 def test_matrix_tiles_give_the_same_bits(form, k):
     spec = spec_of(form, 40, k, "norm", bias=True, residual=True)
     arguments = random_arguments(spec, max(ROWS))
-    run = KernelRunner(lower(EmulatedAmx(), Call("linear", spec, None, 64), AMX_TARGET))
+    tile = AmxTile(2 if k % 64 == 0 else 1, from_rows=32)  # 33 rows go through tiles, 16 through the other steps
+    run = KernelRunner(lower(EmulatedAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile))
     assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
 
 
 def test_matrix_tiles_become_their_instructions():
     """Where this machine has them they are run as well."""
     spec = spec_of("q4_1", 40, 64)
-    lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET)
+    lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, AmxTile(2, from_rows=32))
     target = {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
     assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[1].func}), target=target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
@@ -195,7 +196,7 @@ def test_a_row_of_zeros_and_a_row_of_nan_stay_apart():
             "'relu' is none of silu, gelu_tanh",
         ),
         (LinearBlockAmx(), Call("linear", CASES[0], None, 64), AVX2_TARGET, "needs the target feature amx_int8"),
-        (LinearBlockAmx(), Call("linear", CASES[0], 8, 8), AMX_TARGET, "at least 16 rows"),
+        (LinearBlockAmx(), Call("linear", CASES[0], 8, 8), AMX_TARGET, "pays from 64 rows on, and there are at most 8"),
     ],
 )
 def test_a_call_that_does_not_fit_is_rejected_with_the_reason(schedule, call, target, reason):
@@ -205,7 +206,13 @@ def test_a_call_that_does_not_fit_is_rejected_with_the_reason(schedule, call, ta
 
 
 def test_tiles_check_themselves():
-    for bad in (lambda: GemmTile(0), lambda: GemmTile(17), lambda: GemvTile(0)):
+    for bad in (
+        lambda: GemmTile(0),
+        lambda: GemmTile(17),
+        lambda: GemvTile(0),
+        lambda: AmxTile(3),
+        lambda: AmxTile(1, 8),
+    ):
         with pytest.raises(ValueError):
             bad()
 
