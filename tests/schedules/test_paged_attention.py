@@ -8,6 +8,7 @@ import pytest
 from tests.kernel_runner import KernelRunner, aligned_empty, host_target, lower
 from tests.tolerances import assert_close
 from tilewright.compiler.composites import AttentionSpec, KVFormat, PagedAttentionSpec
+from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Reject
 from tilewright.schedules.cpu.paged_attention import PagedAttention, Tile
 
@@ -122,6 +123,17 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(window: int | None) ->
                 tables = (indptr.astype(np.int32), page_indptr.astype(np.int32), pages, whole.kv_len[s : s + 1].copy())
                 arguments = (whole.q[rows].copy(), whole.pages, whole.positions[rows].copy(), *tables, 1)
                 np.testing.assert_array_equal(run(*arguments)[0], expected[rows])
+
+
+def test_narrower_vectors_give_the_same_bits() -> None:
+    """The same kernel for AVX2: LLVM splits the vectors, the arithmetic stays."""
+    rng = np.random.default_rng()
+    spec = make_spec(heads=6, kv_heads=2, head_dim=40, window=90, soft_cap=20.0)
+    batch = make_batch(spec, [150, 3], [70, 3], rng)
+    narrow = Target("avx2", "cpu", "x86_64", ("avx2", "fma", "f16c"), "x86-64-v3")
+    lowering = lower(PagedAttention(), Call("paged_attention", spec, None, 512), narrow)
+    (expected,) = compile_kernel(spec)(*batch.arguments(1))
+    np.testing.assert_array_equal(KernelRunner(lowering, narrow)(*batch.arguments(1))[0], expected)
 
 
 def test_every_tile_is_right() -> None:
