@@ -83,8 +83,9 @@ def prefetch(buffer: Buffer, at: Expr) -> None:
 def load_part(buffer: Buffer, count: int, *index: Expr) -> Expr:
     """The first `count` < LANES elements, then zeros; nothing beyond them is read."""
     *outer, last = index
-    zero = tirx.const(0, buffer.dtype)
-    return T.bind(join([buffer[(*outer, last + i)] if i < count else zero for i in range(LANES)]))
+    places = [(*outer, last + i) for i in range(count)]
+    zeros = [tirx.const(0, buffer.dtype)] * (LANES - count)
+    return T.bind(join([buffer[place] for place in places] + zeros))
 
 
 def store_part(buffer: Buffer, value: Expr, count: int, *index: Expr) -> None:

@@ -147,7 +147,7 @@ class BlockProduct:
 
 def product_call(facts: LinearFacts, func: tirx.PrimFunc) -> KernelCall:
     """The call of a product kernel after `quantize_rows`."""
-    inputs = ("xq", "scales", "corrections", WEIGHT, *facts.epilogue)
+    inputs: tuple[int | str, ...] = ("xq", "scales", "corrections", WEIGHT, *facts.epilogue)
     return KernelCall(func, inputs, (Output("y", ("m", facts.n), "float32"),))
 
 
