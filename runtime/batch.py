@@ -40,13 +40,17 @@ class BatchBuilder:
         """STEP_INPUTS but rows, and where each sequence's tokens end."""
         last = list(accumulate(tokens for _, tokens in chunks))
         ids, positions, slots = (np.empty(last[-1], np.int32) for _ in range(3))
-        begin = 0
+        begin, page_size = 0, self._page_size
         for (sample, _), end in zip(chunks, last, strict=True):
             first, stop = sample.computed, sample.computed + end - begin
-            pages = sample.table.array
-            ids[begin:end] = sample.tokens[first:stop]
-            positions[begin:end] = self._position[first:stop]
-            slots[begin:end] = pages[self._page[first:stop]] * self._page_size + self._offset[first:stop]
+            if stop == first + 1:  # a decode: numbers are cheaper than slices
+                ids[begin] = sample.tokens[first]
+                positions[begin] = first
+                slots[begin] = sample.table.pages[first // page_size] * page_size + first % page_size
+            else:
+                ids[begin:end] = sample.tokens[first:stop]
+                positions[begin:end] = self._position[first:stop]
+                slots[begin:end] = sample.table.array[self._page[first:stop]] * page_size + self._offset[first:stop]
             begin = end
         arrays = {
             "tokens": ids,

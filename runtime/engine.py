@@ -70,13 +70,17 @@ class Engine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one each")
         requests = [self._intake.request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
-        unfinished = sum(len(request.samples) for request in requests)
+        ends: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
+
+        def note_end(_: Request, event: StreamEvent) -> None:
+            if event.completion:  # the caller sleeps through all other events
+                ends.put(event)
+
         try:
             for request in requests:
-                self._submit(request, lambda _, event: events.put(event), wait=True)
-            while unfinished:
-                unfinished -= self._checked(events.get()).completion is not None
+                self._submit(request, note_end, wait=True)
+            for _ in range(sum(len(request.samples) for request in requests)):
+                self._checked(ends.get())
         except BaseException:
             self._cancel(requests)
             raise

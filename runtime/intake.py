@@ -79,6 +79,9 @@ class Intake:
 
     def _tokens(self, prompt: Prompt) -> np.ndarray:
         """int32[n], n >= 1, all within the vocabulary."""
+        if not isinstance(prompt, Sequence | np.ndarray):
+            kind = type(prompt).__name__
+            raise RequestError(f"a prompt is text, token ids or messages, and not one {kind}; give a list of prompts")
         if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
             if self._tokenizer is None:
                 raise RequestError("this model has no tokenizer; give the prompt as token ids")

@@ -54,6 +54,8 @@ def test_parameters_in_range_are_kept() -> None:
         ([50], {}, "token 50 is not in the vocabulary of 50"),
         ([-1], {}, "token -1 is not in the vocabulary"),
         ([0.5], {}, "not understood"),
+        (7, {}, "not one int"),
+        ({"role": "user", "content": "x"}, {}, "not one dict"),
         ([[1]], {}, "not understood"),
         ("text", {}, "no tokenizer; give the prompt as token ids"),
         ([{"role": "user", "content": "x"}], {}, "no tokenizer"),
