@@ -69,7 +69,7 @@ def read_gguf_file(path: Path) -> GGUFFile:
 
 class _Reader:
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.bytes, self.offset = path, data, memoryview(data), 4
+        self.path, self.data, self.bytes, self.offset = path, data, data.data, 4
 
     def read(self) -> GGUFFile:
         version = self._number("<I")

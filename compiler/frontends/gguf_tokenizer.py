@@ -156,7 +156,7 @@ def _check_lengths(file: GGUFFile) -> None:
         values = file.metadata.get(f"tokenizer.ggml.{name}")
         if values is not None and len(values) != count:
             raise ModelError(f"{file.path}: {len(values)} token {name} for {count} tokens; convert the model again")
-    for name in ("bos", "eos", "eot", "unknown"):
+    for name in ("bos", "eos", "eot", "eom", "unknown"):
         token = file.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
         if not 0 <= token < max(count, 1):
             raise ModelError(f"{file.path}: {name}_token_id is {token}, but there are {count} tokens")
@@ -178,7 +178,8 @@ def _special(file: GGUFFile, name: str) -> str | None:
 
 def _stop_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     """End of sequence, of turn, of message, as the file names them, and the control tokens known to end a turn."""
-    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    named = {metadata[key] for key in keys if key in metadata}
     types = metadata.get("tokenizer.ggml.token_type")
     tokens = metadata["tokenizer.ggml.tokens"]
     known = {i for i, t in enumerate(tokens) if t in END_OF_TURN and types is not None and types[i] == _CONTROL}

@@ -53,14 +53,15 @@ _UNSUPPORTED: dict[str, Any] = {
 
 def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """The configuration in `raw`, the parsed config.json that `source` names. ModelError where it can't be served."""
-    architecture = next(iter(raw.get("architectures") or ()), None)
-    if architecture not in ARCHITECTURES:
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named or None
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ModelError(
             f"{source}: architecture {architecture!r} is not supported; supported families are llama "
             f"({', '.join(name for name, family in ARCHITECTURES.items() if family == 'llama')}), qwen2, qwen3, gemma3"
         )
     family = ARCHITECTURES[architecture]
-    if "text_config" in raw:
+    if isinstance(raw.get("text_config"), Mapping):
         raw = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)} | dict(raw["text_config"])
     fields = _Fields(family, raw, source)
     fields.refuse_unsupported()
@@ -82,6 +83,9 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._typed(name, default, (int, float), "a number"))
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        return self._typed(name, {}, Mapping, "an object")
 
     def flag(self, name: str) -> bool:
         return self._typed(name, False, bool, "true or false")
@@ -139,6 +143,11 @@ def _qwen3(f: _Fields) -> ModelConfig:
 
 def _gemma3(f: _Fields) -> ModelConfig:
     bias, pattern = f.flag("attention_bias"), f.integer("sliding_window_pattern")
+    scalar = f.number("query_pre_attn_scalar")
+    if scalar <= 0 or pattern < 1:
+        raise ModelError(
+            f"{f.source}: query_pre_attn_scalar is {scalar} and sliding_window_pattern {pattern}; both must be above 0"
+        )
     return ModelConfig(
         **_common(f),
         **_windows(f, lambda layer: (layer + 1) % pattern != 0),
@@ -146,7 +155,7 @@ def _gemma3(f: _Fields) -> ModelConfig:
         output_bias=bias,
         qk_norm=True,
         sandwich_norms=True,
-        attention_scale=f.number("query_pre_attn_scalar") ** -0.5,
+        attention_scale=scalar**-0.5,
         window_rope=_rope(f, "sliding_attention", "rope_local_base_freq"),
         embed_scale=f.integer("hidden_size") ** 0.5,
     )
@@ -173,7 +182,7 @@ def _head_dim(f: _Fields, hidden: int, heads: int) -> int:
 
 def _activation(f: _Fields) -> str:
     name = f.get("hidden_activation" if f.family == "gemma3" else "hidden_act")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ModelError(
             f"{f.source}: activation {name!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}"
         )
@@ -193,6 +202,8 @@ def _windows(f: _Fields, slides: Any) -> dict[str, Any]:
         return {}
     layers = f.integer("num_hidden_layers")
     types = f.get("layer_types", ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)])
+    if not isinstance(types, list):
+        raise ModelError(f"{f.source}: field 'layer_types' is {types!r}, but must be a list")
     unknown = [t for t in types if t not in ("sliding_attention", "full_attention")]
     if unknown:
         raise ModelError(f"{f.source}: layer type {unknown[0]!r} is not supported; full and sliding attention are")
@@ -204,11 +215,11 @@ def _windows(f: _Fields, slides: Any) -> dict[str, Any]:
 
 def _rope(f: _Fields, layer_type: str, theta_field: str) -> Rope:
     """Rope of one layer type. Of gemma3's old spelling, rope_scaling counts for the layers with full attention only."""
-    parameters = f.get("rope_parameters", {})
-    if layer_type in parameters:
+    parameters = f.mapping("rope_parameters")
+    if isinstance(parameters.get(layer_type), Mapping):
         parameters = parameters[layer_type]
     elif not parameters and layer_type == "full_attention":
-        parameters = f.get("rope_scaling", {})
+        parameters = f.mapping("rope_scaling")
     theta = parameters.get("rope_theta", f.get(theta_field, _DEFAULT_THETA))
     if not isinstance(theta, int | float):
         raise ModelError(f"{f.source}: field {theta_field!r} is {theta!r}, but must be a number")

@@ -111,6 +111,7 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "linear", "factor": 0}},
         "'factor' of rope scaling 'linear' is 0, but must be above 0",
     ),
+    "rope-text": ({"rope_parameters": "linear"}, "field 'rope_parameters' is 'linear', but must be an object"),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary pairs for a part of the head only"),
     "soft-cap": ({"final_logit_softcapping": 30.0}, "field 'final_logit_softcapping' is 30.0, which is not supported"),
     "tied": ({"tie_word_embeddings": "yes"}, "field 'tie_word_embeddings' is 'yes', but must be true or false"),
@@ -123,6 +124,11 @@ def test_contradictions(tmp_path: Path, name: str) -> None:
     assert expected in edited_config(tmp_path, **fields)
 
 
+def test_bad_scale(tmp_path: Path) -> None:
+    text = edited_config(tmp_path, "gemma3", query_pre_attn_scalar=0)
+    assert "query_pre_attn_scalar is 0.0 and sliding_window_pattern 6; both must be above 0" in text
+
+
 BAD_WINDOWS: dict[str, tuple[dict[str, Any], str]] = {
     "size": (
         {"sliding_window": 0},
@@ -132,6 +138,7 @@ BAD_WINDOWS: dict[str, tuple[dict[str, Any], str]] = {
         {"layer_types": ["linear_attention"] * 3},
         "layer type 'linear_attention' is not supported; full and sliding attention are",
     ),
+    "text": ({"layer_types": "full"}, "field 'layer_types' is 'full', but must be a list"),
     "count": ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, but num_hidden_layers is 3"),
 }
 
