@@ -26,7 +26,7 @@ from tilewright.compiler.verify import verify
 from tilewright.passes.canonicalize import Canonicalize
 
 op = relax.op
-TARGET = tvm.target.Target("llvm")
+TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 0})  # small shapes: compiling is what takes time
 SPELLINGS = ("by_hand", "plain", "sdpa", "transformers")
 
 
@@ -287,14 +287,18 @@ def model(spelling: str) -> tvm.IRModule:
 # What tests ask
 
 
-def run(mod: tvm.IRModule, tokens: Sequence[int], weights: dict[str, np.ndarray]) -> np.ndarray:
-    """Compile `forward` for this machine and run it; joined parameters are stacked from their sources."""
+def runner(mod: tvm.IRModule, weights: dict[str, np.ndarray]) -> Callable[[Sequence[int]], np.ndarray]:
+    """`forward` compiled for this machine, as tokens -> result; joined parameters are stacked from their sources."""
     _, func = main_function(mod)
     params = [np.concatenate([weights[s] for s in e["sources"]]) for e in param_entries(func)]
     executable = tvm.compile(mod, TARGET, relax_pipeline=relax.get_default_pipeline(TARGET))
-    arguments = [np.array(tokens, "int32"), *params]
-    result = relax.VirtualMachine(executable, tvm.cpu())["forward"](*map(tvm.runtime.tensor, arguments))
-    return result.numpy()
+    forward = relax.VirtualMachine(executable, tvm.cpu())["forward"]
+    return lambda tokens: forward(*map(tvm.runtime.tensor, [np.array(tokens, "int32"), *params])).numpy()
+
+
+def run(mod: tvm.IRModule, tokens: Sequence[int], weights: dict[str, np.ndarray]) -> np.ndarray:
+    """The result of `forward` on one sequence."""
+    return runner(mod, weights)(tokens)
 
 
 def weights_of(mod: tvm.IRModule, seed: int = 0) -> dict[str, np.ndarray]:

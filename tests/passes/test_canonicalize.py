@@ -9,6 +9,7 @@ from tvm import relax, tirx
 from tests.passes.spellings import (
     SIZES,
     SPELLINGS,
+    TARGET,
     check_round_trip,
     model,
     operators,
@@ -112,8 +113,7 @@ def test_batch_of_one_goes_and_numbers_stay(body):
     assert len(static_shape(func.body.body)) == 2
     table = np.random.default_rng(7).standard_normal((13, 12)).astype("float32")
     tokens = np.random.default_rng(8).integers(0, 13, 5).astype("int32")
-    target = tvm.target.Target("llvm")
-    executable = tvm.compile(before, target, relax_pipeline=relax.get_default_pipeline(target))
+    executable = tvm.compile(before, TARGET, relax_pipeline=relax.get_default_pipeline(TARGET))
     arguments = [tvm.runtime.tensor(a) for a in (tokens[None], table)]
     expected = relax.VirtualMachine(executable, tvm.cpu())["main"](*arguments)[0].numpy()
     assert_close(run(after, tokens, {"w0": table}), expected[0])

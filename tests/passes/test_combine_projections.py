@@ -8,8 +8,6 @@ from tests.passes.spellings import (
     SIZES,
     SPELLINGS,
     at_stage,
-    by_hand,
-    check_fused,
     check_round_trip,
     composites,
     model,
@@ -17,6 +15,7 @@ from tests.passes.spellings import (
     program,
     random_weights,
     run,
+    runner,
     weight_shapes,
 )
 from tests.tolerances import assert_close
@@ -164,14 +163,7 @@ def test_whole_model_equals_plain(spelling):
         fused = p(fused)
     check_round_trip(fused)
     weights = random_weights(weight_shapes(SIZES), seed=6)
-    for length in (1, 9):
+    actual, expected = runner(fused, weights), runner(plain, weights)
+    for length in (1, 2, 9):
         tokens = np.random.default_rng(length).integers(0, SIZES.vocab, length)
-        assert_close(run(fused, tokens, weights), run(plain, tokens, weights))
-
-
-def test_whole_model_by_hand_is_checked_on_fresh_tokens():
-    before = by_hand()
-    after = before
-    for p in PASSES[:-1]:
-        after = p(after)
-    check_fused(before, after)
+        assert_close(actual(tokens), expected(tokens))

@@ -108,3 +108,13 @@ def test_fused_equals_plain_and_parses_back(family):
     weights = random_weights({e["sources"][0]: tuple(e["shape"]) for e in entries}, seed=9)
     tokens = [(7 * i + 3) % c.vocab for i in range(8)]
     assert_close(run(fused, tokens, weights), run(plain, tokens, weights))
+
+
+def test_hidden_states_come_out_beside_the_logits():
+    mod = Canonicalize()(build_model(config("llama"), taps=True))
+    verify(mod, "model")
+    for p in PASSES:
+        mod = p(mod)
+        verify(mod, "fused")
+    results = main_function(mod)[1].ret_ty.fields
+    assert [int(r.shape.values[1]) for r in results] == [COMMON["vocab"], COMMON["hidden"], COMMON["hidden"]]
