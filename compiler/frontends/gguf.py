@@ -118,8 +118,7 @@ def _config(file: GGUFFile) -> ModelConfig:
 
 
 def _gemma3_fields(fields: _Fields, hidden: int, heads: int, layers: int) -> dict[str, Any]:
-    pattern = fields.get("attention.sliding_window_pattern", _GEMMA3_PATTERN)
-    sliding = list(pattern) if isinstance(pattern, np.ndarray) else [(i + 1) % pattern != 0 for i in range(layers)]
+    sliding = _sliding_layers(fields, layers)
     return {
         "sandwich_norms": True,
         "activation": "gelu_tanh",
@@ -129,6 +128,20 @@ def _gemma3_fields(fields: _Fields, hidden: int, heads: int, layers: int) -> dic
         "window_rope": Rope(fields.number("rope.freq_base_swa", _GEMMA3_WINDOW_THETA)),
         "embed_scale": hidden**0.5,
     }
+
+
+def _sliding_layers(fields: _Fields, layers: int) -> list[bool]:
+    """For each layer whether it slides; the file says so one by one, or names the period of those that don't."""
+    name = "attention.sliding_window_pattern"
+    pattern = fields.get(name)
+    if isinstance(pattern, np.ndarray):
+        sliding = [bool(x) for x in pattern]
+    else:
+        period = max(fields.integer(name, _GEMMA3_PATTERN), 1)  # 1, like 0: no layer slides
+        sliding = [(i + 1) % period != 0 for i in range(layers)]
+    if len(sliding) != layers:
+        raise ModelError(f"{fields.file.path}: {fields.prefix}.{name} has {len(sliding)} entries for {layers} layers")
+    return sliding
 
 
 def _head_dim(file: GGUFFile, hidden: int, heads: int) -> int:

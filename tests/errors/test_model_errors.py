@@ -317,6 +317,14 @@ def test_gguf_partial_rotation(tmp_path: Path) -> None:
     assert "rotary pairs of 24 dimensions beside keys of 48 are not supported" in written(tmp_path, change)
 
 
+def test_gguf_sliding_layers(tmp_path: Path) -> None:
+    writer = gguf_writer(tmp_path / "m.gguf", "gemma3")
+    writer.kv_data[0]["gemma3.attention.sliding_window_pattern"].value = [True, False]
+    finish_gguf(writer)
+    text = message(tmp_path / "m.gguf")
+    assert "gemma3.attention.sliding_window_pattern has 2 entries for 3 layers" in text
+
+
 def test_gguf_missing_weight(tmp_path: Path) -> None:
     text = written(tmp_path, lambda w: w.tensors[0].pop("blk.1.attn_v.weight"))
     assert "weight 'layers.1.attn.v.weight' is missing; the file is incomplete" in text
