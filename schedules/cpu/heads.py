@@ -98,7 +98,8 @@ class Pages:
             return
         *outer, base = index
         with T.serial(0, self.kv.head_dim) as d:
-            value = T.cast(x[(*outer, base + d)], self.kv.dtype)
+            element = (*outer, base + d)
+            value = T.cast(x[element], self.kv.dtype)
             T.buffer_store(self.buffer, value, [layer, page, 0, head, d * self.kv.page_size + offset])
 
     def write_value(self, layer: Expr, page: Expr, offset: Expr, head: Expr, x: Buffer, index: Index) -> None:

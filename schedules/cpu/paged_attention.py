@@ -16,6 +16,7 @@ equal stretch. A stretch may begin at any head, which balances a single decoding
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -291,9 +292,9 @@ class _Builder:
             self._locate(piece, key)
             keys = settled(T.min(T.int32(size), piece.last_key - key + 1))
             with T.serial(0, (keys + (PAIR - 1)) // PAIR) as pair:
-                self._row_blocks(piece.rows, lambda row, count, pair=pair: self._scores(row, count, pair))
+                self._row_blocks(piece.rows, partial(self._scores, pair=pair))
             self._softmax(piece, key)
-            self._row_blocks(piece.rows, lambda row, count, keys=keys: self._values(row, count, keys))
+            self._row_blocks(piece.rows, partial(self._values, keys=keys))
         self._finish(piece)
 
     def _start(self, piece: _Piece) -> None:
