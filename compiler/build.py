@@ -63,7 +63,7 @@ def compile(
 def _read(model: str | os.PathLike[str], options: Options, report: Report) -> Checkpoint:
     from tilewright.compiler.frontends import load_checkpoint, random_checkpoint
 
-    checkpoint = load_checkpoint(model, progress=report)
+    checkpoint = load_checkpoint(os.fspath(model), progress=report, weights=options.weights == "auto")
     if options.weights == "auto":
         return checkpoint
     kind, _, seed = options.weights.partition(":")

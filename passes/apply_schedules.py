@@ -37,10 +37,10 @@ class ApplySchedules(Pass):
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         lowering = _Lowerer(self, mod)
-        functions = {}
+        functions: dict[Any, Any] = {}
         for gvar, func in mod.functions.items():
             if isinstance(func, relax.Function) and "tw.composite" not in (func.attrs or {}):
-                functions[gvar.name_hint] = lowering.lower(func)
+                functions[gvar] = lowering.lower(func)
         functions |= lowering.kernels
         return tvm.IRModule(functions, mod.attrs)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tilewright.compiler import env
 from tilewright.compiler.artifact import LIBRARY, TOKENIZER, Artifact, aligned_empty
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
-from tilewright.compiler.errors import ArtifactError, RequestError, TargetError
+from tilewright.compiler.errors import RequestError, TargetError
 from tilewright.compiler.targets import host
 from tilewright.runtime.library import load_runtime, set_threads
 from tilewright.runtime.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from tilewright.runtime.types import DeviceLimits, StepBatch, StepResult
 
 # The pool may take this share of the memory that is free when a model is loaded, unless told otherwise.
 _POOL_SHARE = 0.25
+_INPUTS = (*STEP_INPUTS, *SAMPLING_INPUTS)
 _CPU = 1  # DLPack's device type
 _POOLED = 2  # TVM's pooled allocator
 
@@ -60,21 +61,19 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, read when first asked for. Raises ArtifactError where the artifact has none."""
-        if self._tokenizer is None:
-            file = self.artifact.path / TOKENIZER
-            if not file.is_file():
-                raise ArtifactError(f"{self.artifact.path} has no tokenizer; pass token ids instead of text")
-            self._tokenizer = Tokenizer(file.read_text(), dict(self.manifest.tokenizer))
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, read when first asked for; None where the artifact has none."""
+        if self._tokenizer is None and TOKENIZER in self.manifest.files:
+            text = (self.artifact.path / TOKENIZER).read_text()
+            self._tokenizer = Tokenizer(text, dict(self.manifest.tokenizer))
         return self._tokenizer
 
     # ---- the executor ------------------------------------------------------------------------------------------------
 
     def step(self, batch: StepBatch) -> StepResult:
         """Appends the batch's tokens to their pages and samples one token for each wanted row."""
-        arrays = [getattr(batch, name) for name in (*STEP_INPUTS, *SAMPLING_INPUTS)]
-        inputs = [self._buffers.fill(name, a) for name, a in zip((*STEP_INPUTS, *SAMPLING_INPUTS), arrays, strict=True)]
+        arrays = (*batch.step_inputs(), *batch.sampling_inputs())
+        inputs = [self._buffers.fill(name, array) for name, array in zip(_INPUTS, arrays, strict=True)]
         function = self._functions[self._bucket(len(batch.tokens), len(batch.kv_len), len(batch.rows))]
         ids, logprobs, top_ids, top_logprobs = function(*inputs, self._pages_tensor, self._weights)
         return StepResult(

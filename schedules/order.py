@@ -6,11 +6,35 @@ from typing import Any
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, Lowering, Reject, Schedule
+from tilewright.schedules.cpu.embedding import Embedding
+from tilewright.schedules.cpu.gated import Gated
+from tilewright.schedules.cpu.kv_append import KVAppend
+from tilewright.schedules.cpu.linear_block_amx import LinearBlockAmx
+from tilewright.schedules.cpu.linear_block_gemm import LinearBlockGemm
+from tilewright.schedules.cpu.linear_block_gemv import LinearBlockGemv
+from tilewright.schedules.cpu.linear_dense import LinearDense
+from tilewright.schedules.cpu.paged_attention import PagedAttention
+from tilewright.schedules.cpu.qkv_append import QKVAppend
+from tilewright.schedules.cpu.rms_norm import RMSNorm
+from tilewright.schedules.cpu.rope import Rope
+from tilewright.schedules.cpu.sample import Sample
 
 
-def schedules() -> tuple[Schedule, ...]:
-    """Every schedule, the most special first. A new schedule is a file and a line here."""
-    return ()
+# The most special first. A new schedule is a file and a line here.
+ORDER: tuple[Schedule, ...] = (
+    LinearBlockGemv(),
+    LinearBlockAmx(),
+    LinearBlockGemm(),
+    LinearDense(),
+    Embedding(),
+    RMSNorm(),
+    Gated(),
+    Rope(),
+    KVAppend(),
+    QKVAppend(),
+    PagedAttention(),
+    Sample(),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +57,7 @@ class Chooser:
 
     target: Target
     tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
-    order: tuple[Schedule, ...] = field(default_factory=schedules, repr=False)
+    order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
     def __call__(self, composite: str, spec: Any, m: int | None, m_max: int) -> Choice:
         """The choice for a call with m rows (None: dynamic, at most m_max). Raises CompileError with every reason."""
