@@ -61,6 +61,7 @@ class EngineCore:
         with self._door:
             if self.failure is not None:
                 raise EngineError(f"the engine is dead: {self.failure}") from self.failure
+            request.submitted_s = self.clock()
             self._inbox.append(("submit", request))
 
     def cancel(self, request: Request) -> None:

@@ -32,7 +32,6 @@ class Model:
     """
 
     def __init__(self, artifact: Artifact, kv_tokens: int | None = None, threads: int | None = None):
-        started = time.perf_counter()
         self.artifact = artifact
         self.manifest = artifact.manifest
         _check_machine(artifact)
@@ -58,7 +57,7 @@ class Model:
         self._pages, self._pages_tensor = self._make_pages(self.limits.num_pages)
         self._buffers = _InputBuffers(self._ffi)
         self._tokenizer: Tokenizer | None = None
-        self.load_s = time.perf_counter() - started
+        self.load_s = 0.0  # seconds, files and checksums included; `load` knows
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -209,4 +208,7 @@ def load(
         raise TargetError(f"device {device!r} is not known; use auto or cpu")
     if threads is not None and threads < 1:
         raise TargetError(f"{threads} threads can't run anything; give 1 or more")
-    return Model(Artifact.open(Path(path), check), kv_tokens, threads)
+    started = time.perf_counter()
+    model = Model(Artifact.open(Path(path), check), kv_tokens, threads)
+    model.load_s = time.perf_counter() - started
+    return model

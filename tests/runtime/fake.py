@@ -204,7 +204,6 @@ class Bench:
     def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         request = self.intake.request(prompt, params)
         request.events = lambda *event: self.events.append(event)
-        request.submitted_s = self.core.clock()
         self.core.submit(request)
         return request
 

@@ -54,6 +54,19 @@ def test_generate_in_order() -> None:
         idle(engine)
 
 
+def test_timings_and_deadlines_count_from_submission() -> None:
+    """With the engine's own clock, whose zero is long ago."""
+    with Engine(FakeModel()) as engine:
+        begun = time.perf_counter()
+        [done] = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True, deadline_s=20))
+        *_, last = engine.stream_sync([4, 5], SamplingParams(max_tokens=4, ignore_eos=True, deadline_s=20))
+        elapsed_ms = 1e3 * (time.perf_counter() - begun)
+        for completion in (done, last.completion):
+            times = completion.timings
+            assert completion.finish_reason == "length"
+            assert 0 <= times.queue_ms <= times.ttft_ms <= times.ttft_ms + 3 * times.itl_ms <= elapsed_ms
+
+
 def test_text_in_text_out() -> None:
     tokenizer = Tokenizer(byte_level(), {"chat_template": "{{ messages[0].content }}"})
     model = FakeModel(DeviceLimits(**{**LIMITS.__dict__, "vocab_size": tokenizer.vocab_size}), tokenizer)
