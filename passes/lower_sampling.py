@@ -1,7 +1,8 @@
 """The step that draws: logits and the sampler in one function."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import tvm
 from tvm import relax
@@ -24,10 +25,10 @@ from tilewright.compiler.served_bodies import add_served_composite, input_vars
 
 @dataclass(frozen=True)
 class LowerSampling(Pass):
-    """Add `step` beside `logits`. Stage "served".
+    """Add `step` beside `logits`, and `layers` where the model has taps. Stage "served".
 
-    before   logits(STEP_INPUTS..., pages, *params) -> logits[r, V]
-    after    logits as before, and
+    before   logits(STEP_INPUTS..., pages, *params) -> logits[r, V]                # or (logits, tap0, tap1 ...)
+    after    logits -> logits[r, V];  layers -> (logits, tap0, tap1 ...);  and
              step(STEP_INPUTS..., SAMPLING_INPUTS..., pages, *params):
                  ...                                                     # as in logits
                  return sample(logits[r, V], temperature[r], ...)        # ids, logprobs, top_ids, top_logprobs
@@ -59,36 +60,47 @@ class LowerSampling(Pass):
             raise CompileError(f"top_logprobs is {self.top_logprobs}; a step returns at least 1 alternative")
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
-        # A copy, since two functions of a module share neither parameters nor symbolic sizes.
-        logits = relax.utils.copy_with_new_vars(main_function(mod)[1])
-        emitter = Emitter(relax.BlockBuilder(mod))
-        builder = emitter.builder
-        params = self._params(logits)
-        attrs = {k: v for k, v in logits.attrs.items() if k != "global_symbol"}
-        attrs["num_input"] = input_count(logits) + len(SAMPLING_INPUTS)
-        sampling = params[input_count(logits) - 1 : attrs["num_input"] - 1]
-        with builder.function("step", params, attrs=attrs):
-            with builder.dataflow():
-                for binding in bindings(logits):
-                    emitter.new[binding.var] = emitter(emitter.map(binding.value), binding.var.name)
-                scores = self._first_output(emitter, logits.body.body)
-                vocab = static(shape(scores)[1])
-                assert vocab is not None, "a served function has static columns"
-                spec = SampleSpec(vocab, min(self.top_logprobs, vocab))
-                sample = add_served_composite(builder, "sample", spec)
-                output = builder.emit_output(relax.Call(sample, [scores, *sampling]))
-            builder.emit_func_output(output)
-        return remove_dead_code(builder.get(), "logits", "step")
+        served = main_function(mod)[1]
+        tapped = not isinstance(served.ret_ty, relax.TensorType)
+        builder = relax.BlockBuilder(tvm.IRModule({g: f for g, f in mod.functions.items() if g.name_hint != "logits"}))
+        if tapped:
+            _add(builder, "layers", served, lambda emitter, value, _: value)
+        _add(builder, "logits", served, lambda emitter, value, _: _first(emitter, value))
+        _add(builder, "step", served, self._sample, SAMPLING_INPUTS)
+        return remove_dead_code(builder.get(), *(["layers"] if tapped else []), "logits", "step")
 
-    @staticmethod
-    def _params(logits: relax.Function) -> list[Any]:
-        """The function's parameters, with the sampler's inputs before the pages."""
-        old, at = list(logits.params), input_count(logits) - 1
-        extents = {"r": next(p for p in old if p.name == "rows").ty.shape.values[0]}
-        return [*old[:at], *input_vars(SAMPLING_INPUTS, extents).values(), *old[at:]]
+    def _sample(self, emitter: Emitter, value: Expr, sampling: Sequence[Any]) -> Expr:
+        scores = _first(emitter, value)
+        vocab = static(shape(scores)[1])
+        assert vocab is not None, "a served function has static columns"
+        spec = SampleSpec(vocab, min(self.top_logprobs, vocab))
+        sample = add_served_composite(emitter.builder, "sample", spec)
+        return relax.Call(sample, [scores, *sampling])
 
-    @staticmethod
-    def _first_output(emitter: Emitter, result: Expr) -> Expr:
-        """The logits, which come first where the function returns taps as well."""
-        value = emitter.map(result)
-        return value if isinstance(value.ty, relax.TensorType) else emitter(relax.TupleGetItem(value, 0))
+
+# What a function returns, given the body's own result and the added inputs.
+Finish: TypeAlias = Callable[[Emitter, Expr, Sequence[Any]], Expr]
+
+
+def _add(
+    builder: Any, name: str, served: relax.Function, finish: Finish, more: Mapping[str, tuple[str, str]] | None = None
+) -> None:
+    """Add a function of the body of `served`, with `more` inputs before the pages, that returns what `finish` gives."""
+    # A copy, since two functions of a module share neither parameters nor symbolic sizes.
+    func = relax.utils.copy_with_new_vars(served)
+    old, at = list(func.params), input_count(func) - 1
+    extents = {"r": next(p for p in old if p.name == "rows").ty.shape.values[0]}
+    added = list(input_vars(dict(more or {}), extents).values())
+    attrs = {k: v for k, v in func.attrs.items() if k != "global_symbol"} | {"num_input": at + len(added) + 1}
+    emitter = Emitter(builder)
+    with builder.function(name, [*old[:at], *added, *old[at:]], attrs=attrs):
+        with builder.dataflow():
+            for binding in bindings(func):
+                emitter.new[binding.var] = emitter(emitter.map(binding.value), binding.var.name)
+            output = builder.emit_output(finish(emitter, emitter.map(func.body.body), added))
+        builder.emit_func_output(output)
+
+
+def _first(emitter: Emitter, value: Expr) -> Expr:
+    """The logits, which come first where the function returns taps as well."""
+    return value if isinstance(value.ty, relax.TensorType) else emitter(relax.TupleGetItem(value, 0))

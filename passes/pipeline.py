@@ -23,9 +23,11 @@ from tilewright.passes.quantize_weights import QuantizeWeights
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What the passes are told. `formats`: weight format by checkpoint tensor; sizes in tokens and sequences."""
+    """What the passes are told. `formats`: weight format by checkpoint tensor; `narrow`: those whose
+    activations may be rounded to 8 bits; sizes in tokens and sequences."""
 
     formats: tuple[tuple[str, str], ...]
+    narrow: tuple[str, ...]
     page_size: int
     k_transposed: bool
     decode_buckets: tuple[int, ...]
@@ -57,7 +59,7 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
             "served",
             (
                 InsertPagedKV(page_size=o.page_size, k_transposed=o.k_transposed),
-                QuantizeWeights(formats=o.formats),
+                QuantizeWeights(formats=o.formats, narrow=o.narrow),
                 FuseQKVAppend(),
                 FuseLinearNeighbours(),
                 LowerSampling(top_logprobs=o.top_logprobs),

@@ -36,7 +36,7 @@ class PlanBuckets(Pass):
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         functions: dict[Any, Any] = dict(mod.functions.items())
         for gvar, func in mod.functions.items():
-            if gvar.name_hint not in ("step", "logits"):
+            if gvar.name_hint not in ("step", "logits", "layers"):
                 continue
             rows = self.max_batch if gvar.name_hint == "step" else self.max_tokens
             functions[gvar] = func.with_attr(

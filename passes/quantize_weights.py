@@ -38,11 +38,13 @@ class QuantizeWeights(Pass):
              y = linear1(x, w)                       # spec weight_format "q4_1"; its body dequantises
 
     formats: (checkpoint tensor, format), for every weight concerned; the tensors joined in one parameter must agree.
+    narrow: checkpoint tensors in block formats whose linear may round activations to 8 bits; all others keep 16.
     Dense weights are packed as well (compiler/packed_weights.py has the layouts); norm weights and biases stay as they
     are. Raises CompileError for a weight without a format, or one that another operator reads too.
     """
 
     formats: tuple[tuple[str, str], ...]
+    narrow: tuple[str, ...] = ()
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         _, func = main_function(mod)
@@ -63,7 +65,8 @@ class QuantizeWeights(Pass):
             return fresh
 
         def rule(name: str, spec: Any, args: list[Expr]) -> Rule:
-            packed = replace(spec, weight_format=formats[args[_WEIGHT_ARGUMENT[name]]])
+            weight = args[_WEIGHT_ARGUMENT[name]]
+            packed = replace(spec, weight_format=formats[weight], **self._activations(name, entries[weight]))
             return lambda emitter: relax.Call(
                 add_served_composite(emitter.builder, name, packed), [emitter.map(a) for a in args]
             )
@@ -74,6 +77,10 @@ class QuantizeWeights(Pass):
             params=params,
             attrs={"tw.params": json.dumps(new_entries)},
         )
+
+    def _activations(self, composite: str, entry: dict[str, Any]) -> dict[str, int]:
+        """The field that says how wide a linear's activations are, where it is not the default."""
+        return {"activation_bits": 8} if composite == "linear" and set(entry["sources"]) <= set(self.narrow) else {}
 
     def _format(self, entry: dict[str, Any]) -> str:
         """The format that all checkpoint tensors of a parameter have."""

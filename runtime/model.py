@@ -41,7 +41,6 @@ class Model:
         self._vm = library["vm_load_executable"]()
         self._vm["vm_initialization"](_CPU, 0, _POOLED)
         self._functions = {b.function: self._vm[b.function] for b in self.manifest.buckets}
-        self._logits = self._vm["logits"]
         self._weight_arrays = artifact.map_params()
         self._weights = self._ffi.Array([self._ffi.from_dlpack(a) for a in self._weight_arrays])
         limits = self.manifest.limits
@@ -93,16 +92,25 @@ class Model:
                 return bucket.function
         return next(b.function for b in self.manifest.buckets if not b.static)
 
-    # ---- logits ------------------------------------------------------------------------------------------------------
+    # ---- whole sequences ---------------------------------------------------------------------------------------------
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """float32[n, vocab]: the logits after each of n tokens. Independent of the engine's pages."""
+        return np.concatenate([np.from_dlpack(part) for part in self._run("logits", tokens)])
+
+    def layers(self, tokens: Sequence[int]) -> list[np.ndarray]:
+        """The logits float32[n, vocab], then each layer's output float32[n, hidden]: to compare, not to serve."""
+        parts = [[np.from_dlpack(value) for value in part] for part in self._run("layers", tokens)]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+    def _run(self, function: str, tokens: Sequence[int]) -> list[Any]:
+        """Results of a function that wants every row, for chunks of one sequence on pages of its own."""
         ids = np.asarray(tokens, np.int32)
         self._check_tokens(ids)
-        page_size, chunk = self.limits.page_size, self.limits.max_tokens
-        count = -(-len(ids) // page_size)
+        chunk = self.limits.max_tokens
+        count = -(-len(ids) // self.limits.page_size)
         _, pages = self._make_pages(count)
-        out = np.empty((len(ids), self.limits.vocab_size), np.float32)
+        results = []
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             positions = np.arange(start, start + len(part), dtype=np.int32)
@@ -117,8 +125,8 @@ class Model:
                 "rows": np.arange(len(part), dtype=np.int32),
             }
             tensors = [self._buffers.fill(name, inputs[name]) for name in STEP_INPUTS]
-            out[start : start + len(part)] = np.from_dlpack(self._logits(*tensors, pages, self._weights))
-        return out
+            results.append(self._vm[function](*tensors, pages, self._weights))
+        return results
 
     def _check_tokens(self, ids: np.ndarray) -> None:
         if ids.ndim != 1 or len(ids) == 0:

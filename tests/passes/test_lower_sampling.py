@@ -157,10 +157,13 @@ def test_step_draws_from_the_logits_beside_it():
     verify(mod, "served")
     round_trip(mod)
     params = random_params(mod["logits"], rng)
-    first, second = Batch(mod, params, 4), Batch(mod, params, 4)
+    first, second, third = (Batch(mod, params, 4) for _ in range(3))
     for request in ({0: [1, 2, 3], 1: [4]}, {0: [5], 1: [6, 7]}):
         arrays = sampling_arrays(2, temperature=0.9, top_k=10, seeds=3)
-        logits = first.step(request)[0]
+        logits = first.step(request)
+        layers = third.step(request, function="layers")
+        assert len(layers) == 2, "logits, and one layer's output"
+        np.testing.assert_array_equal(layers[0], logits)
         expected = sample_reference(logits, **arrays, top_logprobs=ALTERNATIVES)
         actual = second.step(request, function="step", sampling=arrays)
         np.testing.assert_array_equal(actual[0], expected[0])
