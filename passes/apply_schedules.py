@@ -13,6 +13,7 @@ from tvm import ir, relax
 
 from tilewright.compiler.composites import load_spec
 from tilewright.compiler.pass_base import Pass
+from tilewright.compiler.relax_utils import bindings
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class _Lowerer:
     def lower(self, func: relax.Function) -> relax.Function:
         bounds = {str(k): int(v) for k, v in (func.attrs or {}).get("tir_var_upper_bound", {}).items()}
         outer = self
+        # Here and not in the visitor below: an exception that passes through TVM comes out as another class.
+        for binding in bindings(func):
+            if self.is_composite(binding.value):
+                self.choice(binding.value, bounds)
 
         @relax.expr_functor.mutator
         class Rewrite(relax.PyExprMutator):
@@ -66,18 +71,30 @@ class _Lowerer:
 
         return Rewrite(self.mod).visit_expr(func).with_attr("tw.stage", "scheduled")
 
-    def is_composite(self, call: ir.Call) -> bool:
-        return isinstance(call.op, ir.GlobalVar) and "tw.composite" in (self.mod[call.op].attrs or {})
+    def is_composite(self, call: Any) -> bool:
+        if not isinstance(call, ir.Call) or not isinstance(call.op, ir.GlobalVar):
+            return False
+        return "tw.composite" in (self.mod[call.op].attrs or {})
 
-    def emit(self, builder: Any, call: ir.Call, bounds: dict[str, int]) -> Any:
+    def choice(self, call: ir.Call, bounds: dict[str, int]) -> tuple[Any, list[str]]:
+        """How a composite call is lowered, and its kernels' names. Raises CompileError where no schedule takes it."""
         attrs = self.mod[call.op].attrs
         composite = str(attrs["tw.composite"])
-        rows = call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values[0]
+        rows = self.rows(call)
         static = int(rows.value) if isinstance(rows, tvm.tirx.IntImm) else None
         key = (composite, str(attrs["tw.spec"]), static, static or bounds[rows.name])
         if key not in self._chosen:
             self._chosen[key] = self._choose(composite, key[1], static, key[3])
-        lowering, names = self._chosen[key]
+        return self._chosen[key]
+
+    def rows(self, call: ir.Call) -> Any:
+        """The extent that counts a composite call's rows."""
+        composite = str(self.mod[call.op].attrs["tw.composite"])
+        return call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values[0]
+
+    def emit(self, builder: Any, call: ir.Call, bounds: dict[str, int]) -> Any:
+        lowering, names = self.choice(call, bounds)
+        rows = self.rows(call)
         values: dict[str, Any] = {}
 
         def value(ref: int | str) -> Any:

@@ -1,0 +1,63 @@
+"""Every family as it is served, compiled into an artifact, against transformers: logits, and what the engine says."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tilewright
+from tests.checkpoints import CASES, Case, load_reference, logits_of, make_checkpoint
+from tests.tolerances import assert_close
+
+GREEDY_STEPS = 64
+CHUNK = 64  # tokens a step, so that the longest prompt comes in five chunks, the last one short
+PAGE_SIZES = (16, 48)  # the second is no power of two and divides no chunk
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The compiled model and transformers' of the same checkpoint."""
+
+    case: Case
+    ours: tilewright.Model
+    theirs: Any
+
+    def tokens(self, length: int, seed: int | None = None) -> list[int]:
+        return np.random.default_rng(seed).integers(0, self.ours.limits.vocab_size, length).tolist()
+
+
+@pytest.fixture(scope="module", params=enumerate(CASES), ids=lambda numbered: numbered[1].id)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compile_tiny: Callable[..., Path]
+) -> Iterator[Pair]:
+    number, case = request.param
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("model"), case.family, **dict(case.overrides))
+    artifact = compile_tiny(checkpoint, max_tokens=CHUNK, page_size=PAGE_SIZES[number % len(PAGE_SIZES)])
+    yield Pair(case, tilewright.load(artifact, kv_tokens=1024), load_reference(checkpoint))
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 300])
+def test_logits(pair: Pair, length: int) -> None:
+    tokens = pair.tokens(length)
+    assert_close(pair.ours.logits(tokens), logits_of(pair.theirs, tokens), "logits_float32")
+
+
+def test_greedy_tokens(pair: Pair) -> None:
+    """Three prompts at a time; fixed ones, as the logits of a tiny random model can lie within rounding of each other."""
+    prompts = [pair.tokens(length, seed=length) for length in (1, 5, 70)]
+    params = tilewright.SamplingParams(temperature=0, max_tokens=GREEDY_STEPS, ignore_eos=True)
+    with tilewright.Engine(pair.ours) as engine:
+        completions = engine.generate(prompts, params)
+        engine.check_invariants()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert list(completion.token_ids) == _greedy(pair.theirs, prompt), f"after a prompt of {len(prompt)}"
+
+
+def _greedy(model: Any, prompt: list[int]) -> list[int]:
+    model.generation_config.eos_token_id = None  # go on after it
+    options = {"max_new_tokens": GREEDY_STEPS, "min_new_tokens": GREEDY_STEPS, "do_sample": False}
+    return model.generate(torch.tensor([prompt]), **options)[0].tolist()[len(prompt) :]
