@@ -46,7 +46,7 @@ def evaluate(mod: Any, tokens: Sequence[int], param: Callable[[str], np.ndarray]
 
     def call(expr: Any) -> Any:
         name = op_name(expr)
-        if name not in _OPERATORS:
+        if name is None or name not in _OPERATORS:
             raise CompileError(
                 f"the numpy reference lacks operator {name or type(expr).__name__}; add it to {__name__}"
             )
@@ -93,6 +93,10 @@ def _axes(axis: Any, rank: int) -> tuple[int, ...]:
     return tuple(int(a) % rank for a in axes)
 
 
+def _where(attrs: Any, condition: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.where(condition, x, y)
+
+
 def _take(attrs: Any, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return np.take(x, indices, axis=int(attrs.axis) if attrs.axis is not None else 0)
 
@@ -131,7 +135,7 @@ _OPERATORS: Mapping[str, Callable[..., np.ndarray]] = {
     "less": lambda _, a, b: a < b,
     "less_equal": lambda _, a, b: a <= b,
     "logical_and": lambda _, a, b: a & b,
-    "where": lambda _, c, a, b: np.where(c, a, b),
+    "where": _where,
     "cos": lambda _, x: np.cos(x),
     "sin": lambda _, x: np.sin(x),
     "rsqrt": lambda _, x: 1 / np.sqrt(x),

@@ -1,9 +1,9 @@
 """What a schedule is: it matches a composite call, spans a space of tiles, states its floor, and makes kernels.
 
-    match(call, target) -> Facts | Reject      does it fit? A rejection's reason reaches the user when nothing matches
-    space(facts, target) -> tiles              the candidates, best guess first; each tile checks itself
-    floor(facts, target) -> Floor              bytes and operations no implementation can do without
-    apply(facts, tile) -> Lowering             the kernels, and how they are called
+match(call, target) -> Facts | Reject      does it fit? A rejection's reason reaches the user when nothing matches
+space(facts, target) -> tiles              the candidates, best guess first; each tile checks itself
+floor(facts, target) -> Floor              bytes and operations no implementation can do without
+apply(facts, tile) -> Lowering             the kernels, and how they are called
 """
 
 from abc import ABC, abstractmethod
