@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +128,22 @@ def time_model(workers: list[Worker], results: Results, rounds: int, wanted: set
         for length in (4, 512):
             if f"decode-{length}" in wanted:
                 results.add(f"decode-{length}", worker.name, decode[worker.name, length])
-        if "memory" in wanted:
-            results.add("memory", worker.name, [worker(op="peak")["mib"]])
     if len(workers) == 2:
-        for case in ("prefill-512", "decode-4", "decode-512", "memory"):
-            if (case, "llama_cpp") in results.medians:
+        for case in ("prefill-512", "decode-4", "decode-512"):
+            if case in wanted:
                 results.ratio(case)
+
+
+def time_memory(start: Sequence[Callable[[], Worker]], results: Results) -> None:
+    """Peak memory of fresh processes that did nothing but load, prefill and decode."""
+    prompt = np.random.default_rng(1).integers(100, 40000, 512).tolist()
+    for make in start:
+        worker = make()
+        worker(op="decode", tokens=prompt, count=16)
+        results.add("memory", worker.name, [worker(op="peak")["mib"]])
+        worker.close()
+    if len(start) == 2:
+        results.ratio("memory")
 
 
 def time_streams(artifact: str, threads: int, results: Results) -> None:
@@ -165,7 +177,10 @@ def time_processes(results: Results, artifact: str, wanted: set[str]) -> None:
         code = "import time; t = time.perf_counter(); import tilewright; print((time.perf_counter() - t) * 1e3)"
         results.add("import", "tilewright", [float(_python(code)) for _ in range(10)])
     if "load" in wanted:
-        code = f"import tilewright, time; t = time.perf_counter(); tilewright.load({artifact!r}); print((time.perf_counter() - t) * 1e3)"
+        code = (
+            "import tilewright, time; t = time.perf_counter(); "
+            f"tilewright.load({artifact!r}); print((time.perf_counter() - t) * 1e3)"
+        )
         results.add("load", "tilewright", [float(_python(code)) for _ in range(5)])
     if "compile-cold" in wanted:
         _time_compile(results)
@@ -236,13 +251,16 @@ def main() -> None:
     args = parser.parse_args()
     wanted = set(args.only or CASES)
     results = Results(args.results, args.threads)
-    workers = [Worker(sys.executable, "tilewright", args.artifact, args.threads)]
+    start = [partial(Worker, sys.executable, "tilewright", args.artifact, args.threads)]
     if args.peer_python:
-        workers.append(Worker(args.peer_python, "llama_cpp", args.gguf, args.threads))
+        start.append(partial(Worker, args.peer_python, "llama_cpp", args.gguf, args.threads))
+    workers = [make() for make in start]
     check(workers)
     time_model(workers, results, args.rounds, wanted)
     for worker in workers:
         worker.close()
+    if "memory" in wanted:
+        time_memory(start, results)
     if "read-bandwidth" in wanted:
         time_bandwidth(results, args.threads)
     if "streams-8" in wanted:

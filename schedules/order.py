@@ -19,7 +19,6 @@ from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rope import Rope
 from tilewright.schedules.cpu.sample import Sample
 
-
 # The most special first. A new schedule is a file and a line here.
 ORDER: tuple[Schedule, ...] = (
     LinearBlockGemv(),
