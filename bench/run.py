@@ -153,7 +153,7 @@ def time_streams(artifact: str, threads: int, results: Results) -> None:
     model = load(artifact, threads=threads)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(100, 40000, 32).tolist() for _ in range(8)]
-    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
     engine = Engine(model)
     together = [c.token_ids for c in engine.generate(prompts, params)]
     alone = [engine.generate([p], params)[0].token_ids for p in prompts]
@@ -166,9 +166,8 @@ def time_streams(artifact: str, threads: int, results: Results) -> None:
             done = engine.generate(prompts[:count], params)
             rates.append(sum(len(c.token_ids) for c in done) / (time.perf_counter() - start))
         results.add(f"streams-{count}", "tilewright", rates)
-    print(
-        f"{'streams':16} {'8 to 1':12} {results.medians['streams-8', 'tilewright'] / results.medians['streams-1', 'tilewright']:10.2f} ×"
-    )
+    one, eight = (results.medians[f"streams-{n}", "tilewright"] for n in (1, 8))
+    print(f"{'streams':16} {'8 to 1':12} {eight / one:10.2f} ×")
 
 
 def time_processes(results: Results, artifact: str, wanted: set[str]) -> None:
