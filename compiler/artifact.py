@@ -111,10 +111,11 @@ class Manifest:
             schema = fields["schema"]
         except (ValueError, TypeError, KeyError):
             raise ArtifactError(f"{where} is no artifact manifest (not JSON, or cut short); compile it again") from None
-        if not isinstance(schema, int) or schema > SCHEMA:
+        if schema != SCHEMA:
+            newer = not isinstance(schema, int) or schema > SCHEMA
             raise ArtifactError(
-                f"{where.parent} has artifact schema {schema}, newer than this version's {SCHEMA}; "
-                "upgrade tilewright or compile the model again"
+                f"{where.parent} has artifact schema {schema}, {'newer' if newer else 'older'} than this version's "
+                f"{SCHEMA}; {'upgrade tilewright or ' if newer else ''}compile the model again"
             )
         seal = fields.pop("seal", None)
         if seal != _seal(_canonical(fields)):
@@ -211,6 +212,8 @@ def writing(path: Path) -> Iterator[Path]:
 
     Only one process writes to a place at a time. Raises ArtifactError where the place can't be written.
     """
+    if path.name in ("", ".."):
+        raise ArtifactError(f"{path} is no name for an artifact; give one such as model.tw with -o")
     aside = path.with_name(f".{path.name}.partial")
     lock_file = path.with_name(f".{path.name}.lock")
     try:
@@ -218,7 +221,7 @@ def writing(path: Path) -> Iterator[Path]:
         lock = _open_locked(lock_file, path)
     except OSError as error:
         raise ArtifactError(
-            f"{path.parent} can't be written to ({error.strerror}); give another place with -o"
+            f"{path.parent} can't be written to ({_reason(error)}); give another place with -o"
         ) from None
     with lock:
         try:
@@ -230,12 +233,20 @@ def writing(path: Path) -> Iterator[Path]:
             _replace(aside, path)
         except OSError as error:
             raise ArtifactError(
-                f"{path} can't be written ({error.strerror or error}); nothing was left there"
+                f"{path} can't be written ({_reason(error)}) and nothing was left there; "
+                "make room, or give another place with -o"
             ) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             with contextlib.suppress(OSError):
                 lock_file.unlink()
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, in place of its puzzling "File exists" for a file where a directory is needed."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file is in its way"
+    return error.strerror or str(error)
 
 
 def _open_locked(file: Path, path: Path) -> Any:
@@ -246,10 +257,11 @@ def _open_locked(file: Path, path: Path) -> Any:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip() or "another"
+            owner = lock.read().strip()
             lock.close()
             raise ArtifactError(
-                f"process {owner} is compiling into {path} now; wait for it, or use another -o"
+                f"{f'process {owner}' if owner else 'another process'} is compiling into {path} now; "
+                "wait for it, or give another place with -o"
             ) from None
         if file.exists() and os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
             lock.truncate(0)

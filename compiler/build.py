@@ -11,7 +11,7 @@ from tilewright.compiler.artifact import Artifact, Manifest, Param, TensorWriter
 from tilewright.compiler.checkpoint import BLOCK_FORMATS, DENSE_FORMATS, Checkpoint, ModelConfig
 from tilewright.compiler.describe import describe, split_kernels, step_params
 from tilewright.compiler.dump import Dump
-from tilewright.compiler.errors import CompileError, ModelError
+from tilewright.compiler.errors import CompileError
 from tilewright.compiler.options import (
     DECODE_BUCKETS,
     DEFAULT_MAX_BATCH,
@@ -50,11 +50,13 @@ def compile(
     options = Options(
         resolve_target(target), weights, quant, max_batch, max_tokens, page_size, Path(dump) if dump else None
     )
+    _check_quant(quant)
     report = progress or (lambda _: None)
     checkpoint = _read(model, options, report)
-    path = Path(output) if output else Path(f"{checkpoint.name}.tw")
+    path = Path(output) if output else Path(f"{Path(checkpoint.name).name}.tw")  # a hub id is org/name
     with sealed.writing(path) as root:
         manifest = _fill(root, checkpoint, options, report)
+        report(Progress("seal", 0, 1))
         manifest = sealed.seal(root, manifest)
         report(Progress("seal", 1, 1))
     return Artifact(path, manifest)
@@ -66,10 +68,14 @@ def _read(model: str | os.PathLike[str], options: Options, report: Report) -> Ch
     checkpoint = load_checkpoint(os.fspath(model), progress=report, weights=options.weights == "auto")
     if options.weights == "auto":
         return checkpoint
-    kind, _, seed = options.weights.partition(":")
-    if kind != "random" or not seed.isdecimal():
-        raise ModelError(f"--weights is {options.weights!r}; use auto or random:SEED, such as random:0")
-    return random_checkpoint(checkpoint, int(seed))
+    return random_checkpoint(checkpoint, int(options.weights.removeprefix("random:")))
+
+
+def _check_quant(quant: str) -> None:
+    from tilewright.models.quant import FORMATS
+
+    if quant not in ("auto", "none", *FORMATS):
+        raise CompileError(f"--quant is {quant!r}; use auto, none or one of {', '.join(FORMATS)}")
 
 
 def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) -> Manifest:
@@ -102,11 +108,8 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
 
 def weight_formats(checkpoint: Checkpoint, quant: str) -> dict[str, str]:
     """Weight format of every matrix of the checkpoint, by tensor name."""
-    from tilewright.models.quant import FORMATS
     from tilewright.models.quant.convert import kernel_format, requested_format
 
-    if quant not in ("auto", "none", *FORMATS):
-        raise CompileError(f"--quant is {quant!r}; use auto, none or one of {', '.join(FORMATS)}")
     formats = {}
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) != 2:

@@ -91,4 +91,3 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     tokenizer: TokenizerFiles | None
     source: Mapping[str, str] = field(default_factory=dict)  # provenance: kind, file name, sha256
-    notes: tuple[str, ...] = ()  # lines for the user: what was converted to what

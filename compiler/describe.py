@@ -101,7 +101,18 @@ def describe(
             "weights": options.weights,
             "quant": options.quant,
         },
-        warnings=checkpoint.notes,
+        warnings=conversions(checkpoint, params),
+    )
+
+
+def conversions(checkpoint: Checkpoint, params: tuple[Param, ...]) -> tuple[str, ...]:
+    """A line for each pair of formats, where matrices are not kept in the one they are stored in."""
+    changed = {(s, p.format) for p in params if p.columns is not None for s in p.sources}
+    pairs = Counter((checkpoint.tensors[source].format, made) for source, made in changed)
+    return tuple(
+        f"{count} tensors of {stored} become {made}" if count > 1 else f"1 tensor of {stored} becomes {made}"
+        for (stored, made), count in sorted(pairs.items())
+        if stored != made
     )
 
 

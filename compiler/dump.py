@@ -1,7 +1,7 @@
 """The IR after every pass, as numbered files."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tilewright.compiler.errors import CompileError
 
@@ -16,9 +16,17 @@ class Dump:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CompileError(f"--dump {directory} can't be made ({error.strerror}); name another place") from None
+                self._refuse(error)
 
     def __call__(self, mod: Any, name: str) -> None:
         if self._directory is not None:
-            (self._directory / f"{self._count:03d}_{name}.py").write_text(mod.script(show_meta=True))
+            try:
+                (self._directory / f"{self._count:03d}_{name}.py").write_text(mod.script(show_meta=True))
+            except OSError as error:
+                self._refuse(error)
             self._count += 1
+
+    def _refuse(self, error: OSError) -> NoReturn:
+        raise CompileError(
+            f"--dump {self._directory} can't be written to ({error.strerror}); name another directory"
+        ) from None

@@ -18,7 +18,7 @@ class Options:
     """What a user can choose about a compile; sizes in sequences and tokens."""
 
     target: Target
-    weights: str = "auto"
+    weights: str = "auto"  # or random:SEED
     quant: str = "auto"
     max_batch: int = DEFAULT_MAX_BATCH
     max_tokens: int = DEFAULT_MAX_TOKENS
@@ -26,6 +26,9 @@ class Options:
     dump: Path | None = None
 
     def __post_init__(self) -> None:
+        kind, _, seed = self.weights.partition(":")
+        if self.weights != "auto" and (kind != "random" or not seed.isdecimal()):
+            raise CompileError(f"--weights is {self.weights!r}; use auto or random:SEED, such as random:0")
         for name in ("max_batch", "max_tokens", "page_size"):
             value = getattr(self, name)
             if not 1 <= value <= 65536:

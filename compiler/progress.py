@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # In the order in which a compile goes through them.
-STAGES = ("download", "passes", "kernels", "weights", "link", "seal")
+STAGES = ("download", "passes", "kernels", "link", "weights", "seal")
 
 
 @dataclass(frozen=True)

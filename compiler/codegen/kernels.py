@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from tilewright.compiler import env
 from tilewright.compiler.codegen.llvm_target import llvm_target
+from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 
 
@@ -26,9 +28,11 @@ def compile_kernels(
 ) -> dict[str, Path]:
     """Object files of `kernels` (name -> PrimFunc) for a CPU target.
 
-    done(name, cached) is called as each one is ready. LLVM runs outside Python's lock, so threads are enough.
+    done(name, cached) is called as each one is ready. LLVM runs outside Python's lock, so threads are enough. Raises
+    CompileError where the cache can't be written.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    with _writing_to(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     objects = {name: cache / f"{cache_key(func, target)}.o" for name, func in kernels.items()}
     missing = []
     for name, file in objects.items():
@@ -60,11 +64,32 @@ def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     import tvm
 
     executable = tvm.compile(tvm.IRModule({name: func.without_attr("tw.kernel")}), llvm_target(target))
-    handle, aside = tempfile.mkstemp(suffix=".o", dir=file.parent)
-    os.close(handle)
+    code = _object_code(executable.mod)
+    with _writing_to(file.parent):
+        handle, aside = tempfile.mkstemp(suffix=".o", dir=file.parent)
+        try:
+            with open(handle, "wb") as stream:
+                stream.write(code)
+            os.replace(aside, file)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+
+
+def _object_code(mod: Any) -> bytes:
+    """The object file of an LLVM module, by way of a file in memory: LLVM ends the process where a disk is full."""
+    memory = os.memfd_create("kernel.o")
+    with open(memory, "rb") as stream:
+        mod.write_to_file(f"/proc/self/fd/{memory}", "o")
+        return stream.read()
+
+
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
     try:
-        executable.mod.write_to_file(aside, "o")
-        os.replace(aside, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+        yield
+    except OSError as error:
+        raise CompileError(
+            f"the kernel cache {cache} can't be written to ({error.strerror}); make room, "
+            f"or set {env.CACHE_DIR} to another place"
+        ) from None

@@ -2,13 +2,17 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.codegen.llvm_target import llvm_target
-from tilewright.compiler.errors import TargetError
+from tilewright.compiler.errors import CompileError, TargetError
 from tilewright.compiler.targets.base import Target
+
+# LLVM ends the process where its disk is full; the objects of a program take a few megabytes.
+_ROOM_BYTES = 64 << 20
 
 
 def build_program(mod: Any, target: Target) -> tuple[Any, Mapping[str, int]]:
@@ -92,6 +96,7 @@ def c_compiler() -> str:
 def link(executable: Any, kernels: Iterable[Path], library: Path) -> None:
     """One shared library of program and kernels. Symbols are stripped, so that equal input gives equal bytes."""
     compiler = c_compiler()
+    _check_room()
     extra = sorted(str(k) for k in kernels)
 
     def run(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
@@ -102,3 +107,14 @@ def link(executable: Any, kernels: Iterable[Path], library: Path) -> None:
 
     run.object_format = "o"  # type: ignore[attr-defined]
     executable.export_library(str(library), fcompile=run)
+
+
+def _check_room() -> None:
+    """Raises CompileError where the directory for temporary files is close to full."""
+    scratch = tempfile.gettempdir()
+    free = shutil.disk_usage(scratch).free
+    if free < _ROOM_BYTES:
+        raise CompileError(
+            f"{scratch} has {free} bytes left and linking takes up to {_ROOM_BYTES}; "
+            "make room, or set TMPDIR to another place"
+        )

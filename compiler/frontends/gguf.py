@@ -5,7 +5,6 @@ back in "half" order. Blocks lie along K, so moving whole rows leaves them intac
 already in the file.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,11 @@ _GEMMA3_WINDOW_THETA = 10000.0
 _GEMMA3_27B_LAYERS = 62  # the one size whose scale is not head_dim ** -0.5
 
 
-def load_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in `path`. ModelError where the file is damaged, of another family, or contradicts itself."""
+def load_gguf(path: Path, name: str | None = None) -> Checkpoint:
+    """The checkpoint in `path`, named after the file by default.
+
+    Raises ModelError where the file is damaged, of another family, or contradicts itself.
+    """
     file = read_gguf_file(path)
     config = _config(file)
     _check_types(file)
@@ -55,8 +57,7 @@ def load_gguf(path: Path) -> Checkpoint:
     tensors = {_our_name(name): _lazy_tensor(t, config) for name, t in file.tensors.items() if name != _ROPE_FACTORS}
     check_tensors(config, tensors, str(path))
     source = {"kind": "gguf", "file": path.name, "sha256": sha256(path)}
-    name = str(file.metadata.get("general.name", path.stem))
-    return Checkpoint(name, config, tensors, read_tokenizer(file), source, _notes(file))
+    return Checkpoint(name or path.stem, config, tensors, read_tokenizer(file), source)
 
 
 class _Fields:
@@ -255,10 +256,3 @@ def _check_types(file: GGUFFile) -> None:
                 f"{file.path}: weight {name!r} is of type {kind}, which can't be dequantised; "
                 "use a file of Q8_0, Q4_0, Q4_1, a K-quant, F16, BF16 or F32"
             ) from None
-
-
-def _notes(file: GGUFFile) -> tuple[str, ...]:
-    """One line for each type that no kernel reads packed."""
-    kept = {*_DENSE, *BLOCK_FORMATS}
-    others = Counter(t.type_name for t in file.tensors.values() if t.type_name not in kept)
-    return tuple(f"{count} tensors of type {kind} are dequantised" for kind, count in sorted(others.items()))

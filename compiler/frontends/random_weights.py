@@ -21,7 +21,7 @@ def random_checkpoint(model: ModelConfig | Checkpoint, seed: int) -> Checkpoint:
     tensors = {name: _random_tensor(name, shape, seed) for name, shape in parameter_shapes(config).items()}
     source = {"kind": "random", "seed": str(seed)}
     if isinstance(model, Checkpoint):
-        return dataclasses.replace(model, tensors=tensors, source={**source, "config": model.source["kind"]}, notes=())
+        return dataclasses.replace(model, tensors=tensors, source={**source, "config": model.source["kind"]})
     return Checkpoint(f"{config.family}-random", config, tensors, None, source)
 
 

