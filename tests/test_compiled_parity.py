@@ -47,7 +47,7 @@ def test_logits(pair: Pair, length: int) -> None:
 
 
 def test_greedy_tokens(pair: Pair) -> None:
-    """Three prompts at a time; fixed ones, as the logits of a tiny random model can lie within rounding of each other."""
+    """Three prompts at a time; fixed ones, as two logits of a tiny random model can lie within rounding."""
     prompts = [pair.tokens(length, seed=length) for length in (1, 5, 70)]
     params = tilewright.SamplingParams(temperature=0, max_tokens=GREEDY_STEPS, ignore_eos=True)
     with tilewright.Engine(pair.ours) as engine:
