@@ -115,6 +115,6 @@ def _check_room() -> None:
     free = shutil.disk_usage(scratch).free
     if free < _ROOM_BYTES:
         raise CompileError(
-            f"{scratch} has {free} bytes left and linking takes up to {_ROOM_BYTES}; "
+            f"{scratch} has {free >> 20} MiB left and linking takes up to {_ROOM_BYTES >> 20}; "
             "make room, or set TMPDIR to another place"
         )

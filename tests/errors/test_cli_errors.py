@@ -1,6 +1,5 @@
 """What a person can do wrong on the command line: one sentence with value, limit and remedy, exit code 2."""
 
-import json
 import re
 import signal
 import subprocess
@@ -127,23 +126,6 @@ def test_no_artifact(refused, tmp_path, monkeypatch, command, more):
     assert "absent.tw is no artifact: it has no manifest.json" in refused(command, "absent.tw", *more)
 
 
-def test_tampered_artifact(refused, artifact):
-    (artifact.path / "model.so").write_bytes(b"LIBRARY")
-    assert "does not match its checksum" in refused("inspect", str(artifact.path))
-    assert "does not match its checksum" in refused("generate", str(artifact.path), "--prompt", "x")
-
-
-def test_truncated_artifact(refused, artifact):
-    (artifact.path / "model.so").write_bytes(b"lib")
-    assert "has 3 bytes, 7 expected" in refused("inspect", str(artifact.path))
-
-
-def test_artifact_of_a_newer_schema(refused, artifact):
-    manifest = artifact.path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 999}))
-    assert "schema 999, newer than this version's" in refused("inspect", str(artifact.path))
-
-
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [
@@ -186,6 +168,21 @@ def test_artifact_for_another_machine(refused, tmp_path, target, sentence):
 )
 def test_generate(refused, loaded, artifact, arguments, sentence):
     assert sentence in refused("generate", str(artifact.path), *arguments)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("option", ["temperature", "top-p", "min-p", "repetition-penalty"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.5"])
+def test_sampling_values(refused, loaded, artifact, command, option, value):
+    prompt = ("--prompt", "x") if command == "generate" else ()
+    said = refused(command, str(artifact.path), *prompt, f"--{option}={value}")
+    assert said.startswith(f"{option.replace('-', '_')} {value} ")
+
+
+@pytest.mark.parametrize(("option", "value"), [("temperature", "warm"), ("top-k", "1.5"), ("seed", "x")])
+def test_sampling_values_that_are_no_numbers(refused, loaded, artifact, option, value):
+    said = refused("generate", str(artifact.path), "--prompt", "x", f"--{option}={value}")
+    assert f"'--{option}': '{value}' is not a valid" in said
 
 
 def test_stdin_that_is_no_text(refused, loaded, artifact):

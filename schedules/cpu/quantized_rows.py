@@ -1,0 +1,87 @@
+"""Activations as the block kernels read them: integers, a scale and a correction for each block of 32.
+
+A block is a record of 32-bit words that lie side by side: 8 words for each plane of bytes (the lowest plane first, 4
+inputs a word), the scale as float32, and the correction (see BlockFormat) as float32 or int32. Records stand in groups
+of `tokens` rows (the last group may be smaller): group g holds [block][row] from row g * tokens on, so that a step of
+the product reads them in order.
+"""
+
+from dataclasses import dataclass
+
+from tilewright.models.quant.base import BLOCK
+from tilewright.schedules.cpu import isa
+from tilewright.schedules.cpu.block_dot import GROUPS, BlockFormat, quantize_block
+from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, T
+from tilewright.schedules.cpu.linear_common import LinearFacts
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Scratch for m rows of a kernel, one allocation with three views."""
+
+    facts: LinearFacts
+    form: BlockFormat
+    m: Expr
+    tokens: int  # rows a group
+    words: Buffer  # int32
+    floats: Buffer
+    bytes: Buffer  # int8
+
+    @staticmethod
+    def allocate(facts: LinearFacts, form: BlockFormat, m: Expr, tokens: int) -> "QuantizedRows":
+        size = m * (facts.k // BLOCK * record_words(form))
+        words = T.alloc_buffer((size,), "int32")
+        floats = T.decl_buffer((size,), "float32", data=words.data)
+        return QuantizedRows(facts, form, m, tokens, words, floats, T.decl_buffer((size * 4,), "int8", data=words.data))
+
+    @property
+    def blocks(self) -> int:
+        return self.facts.k // BLOCK
+
+    @property
+    def record_words(self) -> int:
+        return record_words(self.form)
+
+    def fill(self, x: Buffer, norm: Buffer | None, serial_rows: int) -> None:
+        """Transform and quantise all rows; up to `serial_rows` of them on the calling thread alone."""
+        with T.If(self.m <= serial_rows):
+            with T.Then(), T.serial(0, self.m) as row:
+                self.fill_row(x, norm, row)
+            with T.Else(), T.parallel(0, self.m) as row:
+                self.fill_row(x, norm, row)
+
+    def fill_row(self, x: Buffer, norm: Buffer | None, row: Expr) -> None:
+        prologue, form = self.facts.prologue, self.form
+        first = T.bind(row // self.tokens * self.tokens)
+        rows = T.bind(T.min(self.m - first, T.int64(self.tokens)))
+        state = prologue.begin_row(x, row)
+        with T.serial(0, self.blocks) as b:
+            values = [prologue.values(x, norm, state, row, b * BLOCK + LANES * h) for h in range(2)]
+            q, scale, total = quantize_block(values, form.activation_bits)
+            at = self.record(first, rows, b, row - first)
+            for h, half in enumerate(q):
+                for plane, part in enumerate(form.split(half)):
+                    isa.store(self.bytes, part, at * 4 + plane * BLOCK + LANES * h)
+            T.buffer_store(self.floats, scale, [at + self.record_words - 2])
+            correction = form.correction(scale, total)
+            T.buffer_store(self.floats if form.has_minimum else self.words, correction, [at + self.record_words - 1])
+
+    def record(self, first: Expr, rows: Expr, block: Expr, skip: Expr) -> Expr:
+        """Where the block's record of row `skip` lies in the group of `rows` rows from row `first` on, in words."""
+        return isa.settled((first * self.blocks + block * rows + skip) * self.record_words, "int64")
+
+    def vectors(self, at: Expr) -> list[list[Expr]]:
+        """By plane, the 8 words of the record at `at`, each in all lanes."""
+        return [
+            [isa.splat(self.words[at + plane * GROUPS + j]) for j in range(GROUPS)] for plane in range(self.form.planes)
+        ]
+
+    def scale(self, at: Expr) -> Expr:
+        return self.floats[at + self.record_words - 2]
+
+    def correction(self, at: Expr) -> Expr:
+        return (self.floats if self.form.has_minimum else self.words)[at + self.record_words - 1]
+
+
+def record_words(form: BlockFormat) -> int:
+    return form.planes * GROUPS + 2
