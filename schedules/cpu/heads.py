@@ -6,10 +6,24 @@ One generator for the fused kernel and for those that stand alone, so that all g
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from tilewright.compiler.composites import KVFormat, NormSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Reject
-from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, T, argument, fma, load, rows_symbol, splat, store
+from tilewright.schedules.cpu.isa import (
+    LANES,
+    Buffer,
+    Expr,
+    T,
+    argument,
+    fma,
+    load,
+    prefetch,
+    rows_symbol,
+    splat,
+    store,
+)
 from tilewright.schedules.cpu.prologue import rms_scale
 
 Index = tuple[Expr, ...]
@@ -90,6 +104,17 @@ class Pages:
         """Page and offset in it of a slot >= 0."""
         size = self.kv.page_size
         return T.bind(T.cast(slot // size, "int64")), T.bind(T.cast(slot % size, "int64"))
+
+    def prefetch(self, layer: Expr, page: Expr, offset: Expr) -> None:
+        """Ask for the cache lines that a token is written to: stores that miss wait for memory a few at a time."""
+        size, dim, line = self.kv.page_size, self.kv.head_dim, 64 // np.dtype(self.kv.dtype).itemsize
+        with T.serial(0, self.kv.kv_heads) as g:
+            if self.kv.k_transposed:
+                with T.serial(0, dim) as d:
+                    prefetch(self.buffer, (layer, page, 0, g, d * size + offset))
+            for which in (1,) if self.kv.k_transposed else (0, 1):
+                for at in range(0, dim, line):
+                    prefetch(self.buffer, (layer, page, which, g, offset * dim + at))
 
     def write_key(self, layer: Expr, page: Expr, offset: Expr, head: Expr, x: Buffer, index: Index) -> None:
         """x[*index, 0:dim] becomes a column of the page, or a row where keys are not transposed."""

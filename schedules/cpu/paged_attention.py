@@ -12,6 +12,10 @@ row's position get weight zero; those past every position of the piece are not t
 
 Work is dealt by cost: tiles of tokens are laid end to end, each as long as keys x heads, and every thread takes one
 equal stretch. A stretch may begin at any head, which balances a single decoding sequence and a causal triangle alike.
+
+Decoding waits for memory: the pages of a step exceed every cache. While a thread works on a block it therefore asks for
+the block it reads next, be that of the same piece, the next head or the next sequence; the requests lie between the
+multiplications, as a burst of them would hold up the loads behind it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +28,7 @@ from tvm.script.ir_builder import tirx as T
 from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.cpu.attention_tiles import Tiles, deal_tiles
 from tilewright.schedules.cpu.isa import (
     LANES,
     Buffer,
@@ -118,16 +123,13 @@ def _register_rows(group: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """The tiles of a step, one entry each: first token, tokens, sequence, first and last key, cost of all before."""
+class _Span:
+    """A stretch of keys of one sequence and KV head. first_page: the sequence's first index into page_indices."""
 
-    count: Expr
-    token: Buffer
-    tokens: Buffer
-    sequence: Buffer
-    first_key: Buffer
-    last_key: Buffer
-    cost: Buffer
+    first_page: Expr
+    kv_head: Expr
+    first_key: Expr
+    last_key: Expr
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,9 @@ class _Piece:
     tokens: Expr
     head: Expr
     heads: Expr
-    kv_head: Expr
     rows: Expr
-    first_page: Expr  # index into page_indices
-    first_key: Expr
-    last_key: Expr
+    span: _Span
+    following: _Span  # of the thread's next piece; without one, the end of this piece again
 
 
 class _Builder:
@@ -159,7 +159,11 @@ class _Builder:
     def build(self, name: str) -> tirx.PrimFunc:
         with kernel(name) as built:
             self._arguments()
-            tiles = self._deal()
+            window = self.attention.window
+            tiles = deal_tiles(
+                self.positions, self.indptr, self.b, self.m, window, self.tile.tokens, self.tile.block_keys
+            )
+            self._zero_from(T.cast(self.indptr[self.b], "int64"))
             threads = T.bind(T.call_packed("runtime.NumThreads"))
             with T.parallel(0, threads) as thread:
                 self._scratch()
@@ -203,50 +207,12 @@ class _Builder:
 
     # --- dealing out the work -----------------------------------------------------------------------------------------
 
-    def _deal(self) -> _Tiles:
-        """One serial pass over the sequences: their tiles and what each costs, in blocks of keys."""
-        names = ("token", "tokens", "sequence", "first_key", "last_key")
-        arrays = {n: T.alloc_buffer((self.m + 1,), "int32") for n in names}
-        cost = T.alloc_buffer((self.m + 1,), "int64")
-        made = T.alloc_buffer((1,), "int32")
-        T.buffer_store(made, T.int32(0), [0])
-        T.buffer_store(cost, T.int64(0), [0])
-        size = self.tile.tokens
-        with T.serial(0, T.cast(self.b, "int32")) as s:
-            start, end = T.bind(self.indptr[s]), T.bind(self.indptr[s + 1])
-            with T.serial(0, (end - start + (size - 1)) // size) as j:
-                token = T.bind(start + j * size)
-                count = T.bind(T.min(end - token, T.int32(size)))
-                first, last = self._key_range(token, count)
-                blocks = T.bind(last // self.tile.block_keys - first // self.tile.block_keys + 1)
-                entry = {"token": token, "tokens": count, "sequence": s, "first_key": first, "last_key": last}
-                i = T.bind(made[0])
-                for name, value in entry.items():
-                    T.buffer_store(arrays[name], value, [i])
-                T.buffer_store(cost, cost[i] + T.cast(blocks * count, "int64"), [i + 1])
-                T.buffer_store(made, i + 1, [0])
-        self._zero_from(T.cast(self.indptr[self.b], "int64"))
-        return _Tiles(T.bind(made[0]), **arrays, cost=cost)
-
-    def _key_range(self, token: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """The first key of the first block that any of the tokens sees, and the last key that any of them sees."""
-        low, high = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
-        T.buffer_store(low, self.positions[token], [0])
-        T.buffer_store(high, self.positions[token], [0])
-        with T.serial(1, count) as i:
-            T.buffer_store(low, T.min(low[0], self.positions[token + i]), [0])
-            T.buffer_store(high, T.max(high[0], self.positions[token + i]), [0])
-        if self.attention.window is None:
-            return T.int32(0), T.bind(high[0])
-        oldest = T.max(low[0] - (self.attention.window - 1), T.int32(0))
-        return T.bind(oldest // self.tile.block_keys * self.tile.block_keys), T.bind(high[0])
-
     def _zero_from(self, token: Expr) -> None:
         """Rows that pad the step belong to no sequence: they get zeros, never what memory held."""
         with T.serial(0, self.m - token) as i, T.serial(0, self.attention.heads) as h, T.serial(0, self.dim // 8) as j:
             store(self.out, splat(0.0, 8), token + i, h, j * 8, lanes=8)
 
-    def _stretch(self, tiles: _Tiles, thread: Expr, threads: Expr) -> None:
+    def _stretch(self, tiles: Tiles, thread: Expr, threads: Expr) -> None:
         """All (tile, head) whose start, measured in cost, lies in this thread's part of the whole."""
         heads = T.int64(self.attention.heads)
         total = T.bind(tiles.cost[tiles.count] * heads)
@@ -263,39 +229,85 @@ class _Builder:
             first, end = head_at(low), head_at(high)
             with T.If(first < end), T.Then():
                 kv_first = settled(first // self.group)
-                with T.serial(0, (end - 1) // self.group + 1 - kv_first) as g:
-                    self._piece(self._make_piece(tiles, j, T.bind(kv_first + g), first, end))
+                kv_end = settled((end - 1) // self.group + 1)
+                more = T.And(j + 1 < tiles.count, tiles.cost[j + 1] * heads < high)
+                later = settled(T.Select(more, j + 1, j))
+                with T.serial(0, kv_end - kv_first) as g:
+                    kv_head = settled(kv_first + g)
+                    following = self._following(tiles, j, later, kv_head, kv_end)
+                    self._piece(self._make_piece(tiles, j, kv_head, first, end, following))
 
-    def _make_piece(self, tiles: _Tiles, j: Expr, kv_head: Expr, first: Expr, end: Expr) -> _Piece:
+    def _make_piece(self, tiles: Tiles, j: Expr, kv_head: Expr, first: Expr, end: Expr, following: _Span) -> _Piece:
         head = settled(T.max(first, kv_head * self.group))
         heads = settled(T.min(end, (kv_head + 1) * self.group) - head)
         tokens = T.bind(tiles.tokens[j])
-        return _Piece(
-            token=T.bind(tiles.token[j]),
-            tokens=tokens,
-            head=head,
-            heads=heads,
-            kv_head=kv_head,
-            rows=settled(tokens * heads),
-            first_page=T.bind(self.page_indptr[tiles.sequence[j]]),
-            first_key=T.bind(tiles.first_key[j]),
-            last_key=T.bind(tiles.last_key[j]),
-        )
+        span = self._span(tiles, j, kv_head)
+        return _Piece(T.bind(tiles.token[j]), tokens, head, heads, settled(tokens * heads), span, following)
+
+    def _span(self, tiles: Tiles, j: Expr, kv_head: Expr) -> _Span:
+        first_page = T.bind(self.page_indptr[tiles.sequence[j]])
+        return _Span(first_page, kv_head, T.bind(tiles.first_key[j]), T.bind(tiles.last_key[j]))
+
+    def _following(self, tiles: Tiles, j: Expr, later: Expr, kv_head: Expr, kv_end: Expr) -> _Span:
+        """What the thread reads after a KV head of tile j: the next head, else the first head of tile `later`."""
+        inside, none = T.bind(kv_head + 1 < kv_end), T.bind(later == j)
+        span = self._span(tiles, settled(T.Select(inside, j, later)), kv_head)
+        head = T.Select(inside, kv_head + 1, T.Select(none, kv_head, 0))
+        size = self.tile.block_keys
+        first = T.Select(T.Or(inside, T.Not(none)), span.first_key, span.last_key // size * size)
+        return _Span(span.first_page, settled(head), settled(first), span.last_key)
 
     # --- one piece ----------------------------------------------------------------------------------------------------
 
     def _piece(self, piece: _Piece) -> None:
         self._start(piece)
-        size = self.tile.block_keys
-        with T.serial(0, (piece.last_key - piece.first_key) // size + 1) as i:
-            key = settled(piece.first_key + i * size)
-            self._locate(piece, key)
-            keys = settled(T.min(T.int32(size), piece.last_key - key + 1))
-            with T.serial(0, (keys + (PAIR - 1)) // PAIR) as pair:
+        size, span, few = self.tile.block_keys, piece.span, T.bind(piece.rows <= self.group)
+        with T.serial(0, (span.last_key - span.first_key) // size + 1) as i:
+            key = settled(span.first_key + i * size)
+            keys = settled(T.min(T.int32(size), span.last_key - key + 1))
+            self._locate(span, key, 0)
+            ahead = self._ahead(piece.span, piece.following, key)
+            self._locate(ahead, ahead.first_key, self.vectors)
+            keys_ahead = settled(T.min(T.int32(size), ahead.last_key - ahead.first_key + 1))
+            with T.serial(0, _pairs(keys)) as pair:
                 self._row_blocks(piece.rows, partial(self._scores, pair=pair))
+            with T.If(few), T.Then():
+                self._fetch_keys(_pairs(keys), _pairs(keys_ahead), self.vectors)
             self._softmax(piece, key)
             self._row_blocks(piece.rows, partial(self._values, keys=keys))
+            with T.If(few), T.Then():
+                self._fetch_values(keys, keys_ahead, self.vectors)
         self._finish(piece)
+
+    def _ahead(self, span: _Span, following: _Span, key: Expr) -> _Span:
+        """From where the block after the one at `key` is read."""
+        later = key + self.tile.block_keys
+        inside = T.bind(later <= span.last_key)
+
+        def choose(here: Expr, there: Expr) -> Expr:
+            return settled(T.Select(inside, here, there))
+
+        return _Span(
+            choose(span.first_page, following.first_page),
+            choose(span.kv_head, following.kv_head),
+            choose(later, following.first_key),
+            choose(span.last_key, following.last_key),
+        )
+
+    def _fetch_keys(self, begin: Expr, end: Expr, at: int) -> None:
+        """Ask for the keys of the pairs begin .. end of the runs located `at` and on."""
+        with T.serial(0, T.max(end - begin, T.int32(0)) * 2) as i:
+            start = T.bind(self.key_start[begin * 2 + i + at])
+            with T.serial(0, self.dim) as d:
+                prefetch(self.pages, start + d * self.kv.page_size)
+
+    def _fetch_values(self, begin: Expr, end: Expr, at: int) -> None:
+        """Ask for the values of the keys begin .. end of the runs located `at` and on."""
+        with T.serial(0, T.max(end - begin, T.int32(0))) as i:
+            key = T.bind(begin + i)
+            start = T.bind(self.value_start[key // LANES + at] + key % LANES * self.dim)
+            with T.serial(0, -(-self.dim // LANES)) as j:
+                prefetch(self.pages, start + j * LANES)
 
     def _start(self, piece: _Piece) -> None:
         """Scaled queries side by side, and the state of the online softmax."""
@@ -310,17 +322,17 @@ class _Builder:
             with T.serial(0, self.values.shape[1] // LANES) as j:
                 store(self.values, splat(0.0), row, j * LANES)
 
-    def _locate(self, piece: _Piece, key: Expr) -> None:
+    def _locate(self, span: _Span, key: Expr, at: int) -> None:
         """Where each run of 16 keys lies. Runs past the last key repeat the last run: their scores are never used."""
         size = self.kv.page_size
         head_size = size * self.dim
-        with T.serial(0, 2 * self.vectors) as i:
-            first = T.bind(T.min(key + i * LANES, piece.last_key // LANES * LANES))
-            page = T.bind(T.cast(self.page_indices[piece.first_page + first // size], "int64"))
+        with T.serial(0, self.vectors) as i:
+            first = T.bind(T.min(key + i * LANES, span.last_key // LANES * LANES))
+            page = T.bind(T.cast(self.page_indices[span.first_page + first // size], "int64"))
             slot = T.bind(T.cast(first % size, "int64"))
-            keys = T.bind(self.layer_start + page * self.page_stride + T.cast(piece.kv_head, "int64") * head_size)
-            T.buffer_store(self.key_start, keys + slot, [i])
-            T.buffer_store(self.value_start, keys + self.kv.kv_heads * head_size + slot * self.dim, [i])
+            keys = T.bind(self.layer_start + page * self.page_stride + T.cast(span.kv_head, "int64") * head_size)
+            T.buffer_store(self.key_start, keys + slot, [i + at])
+            T.buffer_store(self.value_start, keys + self.kv.kv_heads * head_size + slot * self.dim, [i + at])
 
     def _row_blocks(self, rows: Expr, emit: Callable[[Expr, int], None]) -> None:
         """Cover the rows with register blocks: as many of the largest as fit, then of the next size."""
@@ -443,6 +455,11 @@ class _Builder:
             with T.serial(0, self.dim // 8) as j:
                 value = load(self.values, row, j * 8, lanes=8) * splat(inverse, 8)
                 store(self.out, value, piece.token + t, piece.head + h, j * 8, lanes=8)
+
+
+def _pairs(keys: Expr) -> Expr:
+    """Pairs of runs that hold so many keys."""
+    return (keys + (PAIR - 1)) // PAIR
 
 
 def _zeros() -> Buffer:

@@ -17,6 +17,10 @@ from tilewright.schedules.cpu.heads import Norm, Pages, refuse_head_dim, refuse_
 from tilewright.schedules.cpu.isa import Expr, T, argument, kernel, registers, rows_symbol
 from tilewright.schedules.cpu.rowwise import ROW_TILES, RowTile, for_rows
 
+# Elements of k, over all rows, up to which one thread does them: each waits for a cache line of its own, and 3000 such
+# waits cost what starting the other threads does.
+SERIAL_KEYS = 3072
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -35,7 +39,8 @@ class QKVAppend(Schedule):
         return refuse_head_dim(kv.head_dim) or refuse_pages(kv, target) or Facts(call.spec)
 
     def space(self, facts: Facts, target: Target) -> Sequence[RowTile]:
-        return ROW_TILES
+        few = max(1, SERIAL_KEYS // (facts.spec.kv.kv_heads * facts.spec.kv.head_dim))
+        return [RowTile(few), *(tile for tile in ROW_TILES if tile.few_rows != few)]
 
     def floor(self, facts: Facts, target: Target) -> Floor:
         heads, kv = facts.spec.heads, facts.spec.kv
@@ -68,8 +73,7 @@ def _build(spec: QKVAppendSpec, tile: RowTile) -> tirx.PrimFunc:
         layer = T.arg("layer", tirx.Var("layer", "int64"))
         q = argument("q", (m, heads, dim), "float32")
 
-        def append(token: Expr, slot: Expr) -> None:
-            page, offset = pages.place(slot)
+        def append(token: Expr, page: Expr, offset: Expr) -> None:
             key = registers(dim)
             with T.serial(0, groups) as g:
                 rotate_head(qkv, (token, (heads + g) * dim), cos, sin, token, dim, k_norm, key, (0,))
@@ -77,11 +81,14 @@ def _build(spec: QKVAppendSpec, tile: RowTile) -> tirx.PrimFunc:
                 pages.write_value(layer, page, offset, g, qkv, (token, (heads + groups + g) * dim))
 
         def token_body(token: Expr) -> None:
-            with T.serial(0, heads) as h:
-                rotate_head(qkv, (token, h * dim), cos, sin, token, dim, q_norm, q, (token, h, 0))
             slot = T.bind(slots[token])
+            page, offset = pages.place(slot)
             with T.If(slot >= 0), T.Then():
-                append(token, slot)
+                pages.prefetch(layer, page, offset)
+            with T.serial(0, heads) as h:  # meanwhile
+                rotate_head(qkv, (token, h * dim), cos, sin, token, dim, q_norm, q, (token, h, 0))
+            with T.If(slot >= 0), T.Then():
+                append(token, page, offset)
 
         for_rows(m, token_body, tile)
     return built.get()

@@ -13,6 +13,7 @@ from tilewright.schedules.base import Call, Reject
 from tilewright.schedules.cpu.paged_attention import PagedAttention, Tile
 
 LAYERS = 2
+DECODING = [33, 1, 64, 65, 129, 20, 200, 16]  # lengths about the edges of runs and blocks
 
 
 @dataclasses.dataclass
@@ -101,7 +102,13 @@ def compile_kernel(spec: PagedAttentionSpec, tile: Tile | None = None) -> Kernel
 def test_matches_numpy(spec: PagedAttentionSpec) -> None:
     rng = np.random.default_rng()
     run = compile_kernel(spec)
-    for lengths, new in [([1], [1]), ([17], [17]), ([1, 300, 64, 65], [1, 40, 1, 1]), ([130, 5, 16], [30, 0, 16])]:
+    for lengths, new in [
+        ([1], [1]),
+        ([17], [17]),
+        ([1, 300, 64, 65], [1, 40, 1, 1]),
+        ([130, 5, 16], [30, 0, 16]),
+        (DECODING, [1] * 8),
+    ]:
         batch = make_batch(spec, lengths, new, rng)
         (out,) = run(*batch.arguments(layer=1))
         assert_close(out, reference(spec, batch))
@@ -123,6 +130,19 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(window: int | None) ->
                 tables = (indptr.astype(np.int32), page_indptr.astype(np.int32), pages, whole.kv_len[s : s + 1].copy())
                 arguments = (whole.q[rows].copy(), whole.pages, whole.positions[rows].copy(), *tables, 1)
                 np.testing.assert_array_equal(run(*arguments)[0], expected[rows])
+
+
+def test_a_decoding_row_has_the_same_bits_alone() -> None:
+    rng = np.random.default_rng()
+    spec = make_spec(heads=9, kv_heads=3, head_dim=64)
+    run = compile_kernel(spec)
+    whole = make_batch(spec, DECODING, [1] * len(DECODING), rng)
+    (expected,) = run(*whole.arguments(1))
+    for s, length in enumerate(whole.kv_len):
+        pages = whole.page_indices[whole.page_indptr[s] : whole.page_indptr[s + 1]].copy()
+        tables = (np.array([0, 1], np.int32), np.array([0, len(pages)], np.int32), pages, np.array([length], np.int32))
+        (alone,) = run(whole.q[s : s + 1].copy(), whole.pages, whole.positions[s : s + 1].copy(), *tables, 1)
+        np.testing.assert_array_equal(alone[0], expected[s])
 
 
 def test_narrower_vectors_give_the_same_bits() -> None:

@@ -58,6 +58,15 @@ def test_rejects_with_a_reason(spec: QKVAppendSpec, reason: str) -> None:
     assert isinstance(rejected, Reject) and reason in rejected.reason
 
 
+def test_one_thread_takes_as_many_rows_as_their_keys_allow() -> None:
+    def few_rows(kv_heads: int, dim: int) -> int:
+        spec = QKVAppendSpec(kv_heads, KVFormat(1, kv_heads, dim, 16))
+        facts = QKVAppend().match(Call("qkv_append", spec, None, 8), host_target())
+        return QKVAppend().space(facts, host_target())[0].few_rows
+
+    assert (few_rows(3, 64), few_rows(8, 128), few_rows(64, 128)) == (16, 3, 1)
+
+
 def test_floor_counts_each_byte_once() -> None:
     facts = QKVAppend().match(Call("qkv_append", QKVAppendSpec(9, KVFormat(1, 3, 64, 16)), None, 1), host_target())
     assert QKVAppend().floor(facts, host_target()).bytes_per_row == 4 * (15 * 64 + 64 + 1 + 9 * 64) + 2 * 192 * 4
