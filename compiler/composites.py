@@ -74,6 +74,9 @@ class LinearSpec:
     "q4_1", "q8_0"). Up to quantize_weights it is always "f32" with a plain [N, K] tensor; after it, a packed one
     (models/quant). With a prologue x is the prologue's input and the norm's weight follows `weight` in the arguments:
     x, weight, [norm_weight], [bias], [residual[n,N]].
+
+    `activation_bits`, 8 or 16, is the width of the integers that kernels of block formats round activations to, a block
+    of 32 at a time; 16 costs twice the products. Dense formats and the reference bodies take activations as they are.
     """
 
     out_features: int
@@ -83,6 +86,7 @@ class LinearSpec:
     norm: NormSpec | None = None
     gated: GatedSpec | None = None
     residual: bool = False
+    activation_bits: int = 16
 
 
 @dataclass(frozen=True)

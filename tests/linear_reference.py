@@ -64,15 +64,16 @@ def float_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray
 
 
 def integer_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
-    """int8 activations in blocks of 32, exact block dots, float64 sums. Without a prologue the int8 values are those
-    of the kernels; behind one a value at a tie may fall on the other side."""
+    """int8 or int16 activations in blocks of 32, exact block dots, float64 sums. Without a prologue the integers are
+    those of the kernels; behind one a value at a tie may fall on the other side."""
     parts = _split(spec, arguments)
     m, n, blocks = len(parts.inputs), spec.out_features, spec.in_features // base.BLOCK
     x = parts.inputs.astype(np.float32).reshape(m, blocks, base.BLOCK)
     amax = np.abs(x).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    greatest = {8: 127, 16: 32639}[spec.activation_bits]
+    inverse = np.divide(np.float32(greatest), amax, out=np.zeros_like(amax), where=amax > 0)
     q = np.rint(x * inverse).astype(np.int64)
-    scale = (amax * np.float32(1 / 127)).astype(np.float64)[..., 0]
+    scale = (amax * np.float32(1 / greatest)).astype(np.float64)[..., 0]
     w, d, low = _weight_blocks(spec, parts.weight)
     dots = np.einsum("mbi,nbi->mnb", q, w)
     sums = np.einsum("mnb,nb,mb->mn", dots, d, scale) + np.einsum("nb,mb,mb->mn", low, scale, q.sum(-1))

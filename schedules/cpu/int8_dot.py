@@ -1,8 +1,7 @@
 """Dot products of unsigned weights and signed activations, 16 outputs at once, exact in int32 on every machine.
 
 A dot runs over the groups of a block: `begin` with its starting value, `add` 4 inputs of 16 outputs at a time, `end`.
-Weights come as uint8x64 (4 inputs of each output side by side), activations as int32x16 that packs 4 int8 in each lane,
-none of them -128.
+Weights come as uint8x64 (4 inputs of each output side by side), activations as int32x16 that packs 4 int8 in each lane.
 """
 
 from typing import Any, Protocol
@@ -64,7 +63,7 @@ class PlainDot:
 class NarrowDot:
     """Weights below 16, AVX2: sums of byte products fit 16 bits for a whole block."""
 
-    assert BLOCK // 2 * 15 * 127 < 2**15
+    assert BLOCK // 2 * 15 * 128 < 2**15
 
     def begin(self, start: Expr) -> State:
         return start, None

@@ -1,9 +1,9 @@
 """Many tokens times a block-quantised weight on matrix tiles (AMX int8).
 
 Groups of 16 rows go through tiles: a panel of the weight is unpacked once into scratch, then each block of 32 inputs is
-one tile product whose sums are stored and scaled as in every other kernel, so the bits are the same. Because of that
-step after every block, tiles gain little on dot products, and only with many rows: fewer than `from_rows`, and the rows
-after the last whole group, take the steps of linear_block_gemm.
+one tile product for each byte of an activation, whose sums are stored and scaled as in every other kernel, so the bits
+are the same. Because of that step after every block, tiles gain little on dot products, and only with many rows: fewer
+than `from_rows`, and the rows after the last whole group, take the steps of linear_block_gemm.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from tilewright.schedules.base import Call, Floor, Lowering, Reject, Schedule
 from tilewright.schedules.cpu import isa
 from tilewright.schedules.cpu.block_dot import BLOCK_KERNEL_FORMATS, BlockFormat
 from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, Isa, T
-from tilewright.schedules.cpu.linear_block_gemm import BlockProduct, product_call, quantize_rows
+from tilewright.schedules.cpu.linear_block_gemm import BlockProduct, product_call
 from tilewright.schedules.cpu.linear_common import LinearFacts, linear_floor, match_linear
 from tilewright.schedules.cpu.tile_ops import ACTIVATIONS, SUMS, TOKENS, WEIGHTS, AmxTiles, TileOps
 
@@ -26,7 +26,8 @@ PANEL_BYTES = LANES * BLOCK  # an unpacked block of 16 outputs
 
 @dataclass(frozen=True)
 class AmxTile:
-    """depth: blocks whose tile products are in flight together, a divisor of the number of blocks.
+    """depth: blocks whose tile products are in flight together, a divisor of the number of blocks; with activations of
+    16 bits one block has two products and takes all the tiles for sums.
 
     from_rows: the least number of rows that go through tiles; at about 64 tiles were measured to overtake dot products.
     """
@@ -55,81 +56,78 @@ class LinearBlockAmx(Schedule):
         return match_linear(call, target, BLOCK_KERNEL_FORMATS)
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[AmxTile]:
-        return [AmxTile(d) for d in (2, 1) if facts.k // BLOCK % d == 0]
+        depths = (2, 1) if facts.spec.activation_bits == 8 else (1,)
+        return [AmxTile(d) for d in depths if facts.k // BLOCK % d == 0]
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         return linear_floor(facts)
 
     def apply(self, facts: LinearFacts, tile: AmxTile, target: Target) -> Lowering:
-        form = BlockFormat(Isa.of(target), facts.spec.weight_format)
-        gemm = product_call(facts, _gemm(facts, form, tile, type(self).tile_ops()))
-        return Lowering((quantize_rows(facts, form, TOKENS), gemm), ("y",))
+        form = BlockFormat.of(facts.spec, Isa.of(target))
+        return Lowering((product_call(facts, _gemm(facts, form, tile, type(self).tile_ops())),), ("y",))
 
 
 def _gemm(facts: LinearFacts, form: BlockFormat, tile: AmxTile, ops: TileOps) -> tirx.PrimFunc:
     blocks = facts.k // BLOCK
     with isa.kernel(facts.name(f"amx{tile.depth}")) as built:
-        product = BlockProduct.declare(facts, form)
-        xq = T.decl_buffer((product.m * facts.k,), "int8", data=product.words.data)
+        product = BlockProduct.declare(facts, form, TOKENS)
+        m = product.rows.m
         with T.parallel(0, facts.panels) as panel:
-            with T.If(product.m >= tile.from_rows):
+            with T.If(m >= tile.from_rows):
                 with T.Then():
                     unpacked = T.alloc_buffer((blocks * PANEL_BYTES,), "uint8")
                     scales = T.alloc_buffer((blocks, 2, LANES), "float32")
                     _unpack(product, panel, unpacked, scales)
                     ops.begin()
-                    with T.serial(0, product.m // TOKENS) as group:
-                        _group(product, ops, tile, group * TOKENS, panel, xq, unpacked, scales)
+                    with T.serial(0, m // TOKENS) as group:
+                        _group(product, ops, tile, group * TOKENS, panel, unpacked, scales)
                     ops.end()
-                with T.Else(), T.serial(0, product.m // TOKENS * 2) as half:
+                with T.Else(), T.serial(0, m // TOKENS * 2) as half:
                     first = T.bind(half // 2 * TOKENS)
                     product.step(first, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, panel)
-            product.last_group(TOKENS, panel)
+            product.last_group(panel)
     return built.get()
 
 
 def _unpack(product: BlockProduct, panel: Expr, unpacked: Buffer, scales: Buffer) -> None:
     """A panel's weights as bytes, its scales and minima as float32."""
-    with T.serial(0, product.facts.k // BLOCK) as b:
-        for j, vector in enumerate(product.form.weights(product.weight, panel, b)):
+    form = product.rows.form
+    with T.serial(0, product.rows.blocks) as b:
+        for j, vector in enumerate(form.weights(product.weight, panel, b)):
             isa.store(unpacked, vector, b * PANEL_BYTES + 64 * j, lanes=64)
-        for i, vector in enumerate(product.form.scales(product.weight, panel, b)):
+        for i, vector in enumerate(form.scales(product.weight, panel, b)):
             if vector is not None:
                 isa.store(scales, vector, b, i, 0)
 
 
 def _group(
-    product: BlockProduct,
-    ops: TileOps,
-    tile: AmxTile,
-    first: Expr,
-    panel: Expr,
-    xq: Buffer,
-    unpacked: Buffer,
-    scales: Buffer,
+    product: BlockProduct, ops: TileOps, tile: AmxTile, first: Expr, panel: Expr, unpacked: Buffer, scales: Buffer
 ) -> None:
     """The 16 rows from `first` on, a panel's outputs."""
-    form, blocks = product.form, product.facts.k // BLOCK
-    dots = T.alloc_buffer((tile.depth * TOKENS * LANES,), "int32")
+    rows, form = product.rows, product.rows.form
+    dots = T.alloc_buffer((len(SUMS), TOKENS * LANES), "int32")
     sums = [isa.registers() for _ in range(TOKENS)]
     for acc in sums:
         isa.store(acc, isa.splat(0.0), 0)
-    with T.serial(0, blocks // tile.depth) as step:
-        for i in range(tile.depth):
-            b = step * tile.depth + i
-            ops.zero(SUMS[i])
-            ops.load(ACTIVATIONS[i], xq, (first * blocks + b * TOKENS) * BLOCK)
-            ops.load(WEIGHTS[i], unpacked, b * PANEL_BYTES)
-            ops.dot(SUMS[i], ACTIVATIONS[i], WEIGHTS[i])
-            ops.store(SUMS[i], dots, i * TOKENS * LANES)
-        for i in range(tile.depth):
+    with T.serial(0, rows.blocks // tile.depth) as step:
+        records = [rows.record(first, T.int64(TOKENS), step * tile.depth + i, 0) for i in range(tile.depth)]
+        for i, record in enumerate(records):
+            ops.load(WEIGHTS[i], unpacked, (step * tile.depth + i) * PANEL_BYTES, 4 * LANES)
+            for plane in range(form.planes):
+                t = i * form.planes + plane
+                ops.zero(SUMS[t])
+                ops.load(ACTIVATIONS[t], rows.bytes, record * 4 + plane * BLOCK, rows.record_words * 4)
+                ops.dot(SUMS[t], ACTIVATIONS[t], WEIGHTS[i])
+                ops.store(SUMS[t], dots, t)
+        for i, record in enumerate(records):
             b = step * tile.depth + i
             d = isa.load(scales, b, 0, 0)
             low = isa.load(scales, b, 1, 0) if form.has_minimum else None
-            at = T.bind(first * blocks + b * TOKENS)
-            for row, acc in enumerate(sums):
-                scale, correction = product.scales[at + row], product.corrections[at + row]
-                dot = T.bind(isa.load(dots, (i * TOKENS + row) * LANES) + form.start(correction))
+            for token, acc in enumerate(sums):
+                at = record + token * rows.record_words
+                scale, correction = rows.scale(at), rows.correction(at)
+                parts = [isa.load(dots, i * form.planes + p, token * LANES) for p in range(form.planes)]
+                dot = T.bind(form.joined(parts) + form.start(correction))
                 isa.store(acc, form.accumulate(isa.load(acc, 0), dot, d, low, scale, correction), 0)
-    for row, acc in enumerate(sums):
-        product.end.write(isa.load(acc, 0), first + row, panel)
+    for token, acc in enumerate(sums):
+        product.end.write(isa.load(acc, 0), first + token, panel)

@@ -13,9 +13,10 @@ from tilewright.compiler.targets.base import Target
 from tilewright.models.quant.base import BLOCK
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cpu import isa
-from tilewright.schedules.cpu.block_dot import BLOCK_KERNEL_FORMATS, GROUPS, BlockFormat, quantize_block
-from tilewright.schedules.cpu.isa import LANES, Isa, T
+from tilewright.schedules.cpu.block_dot import BLOCK_KERNEL_FORMATS, BlockFormat
+from tilewright.schedules.cpu.isa import Isa, T
 from tilewright.schedules.cpu.linear_common import WEIGHT, LinearFacts, RowEnd, X, linear_floor, match_linear
+from tilewright.schedules.cpu.quantized_rows import QuantizedRows
 
 
 @dataclass(frozen=True)
@@ -55,35 +56,24 @@ class LinearBlockGemv(Schedule):
 def _kernel(facts: LinearFacts, tile: GemvTile, machine: Isa) -> tirx.PrimFunc:
     blocks = facts.k // BLOCK
     prologue = facts.prologue
-    form = BlockFormat(machine, facts.spec.weight_format)
+    form = BlockFormat.of(facts.spec, machine)
     with isa.kernel(facts.name("gemv")) as built:
         x = isa.argument("x", (1, prologue.in_width), "float32")
         weight = isa.argument("weight", facts.weight_shape, "uint8")
         norm = isa.argument("norm_weight", (facts.k,), "float32") if prologue.norm else None
         end = RowEnd.declare(facts, 1)
 
-        xq = T.alloc_buffer((facts.k,), "int8")
-        scales = T.alloc_buffer((blocks,), "float32")
-        corrections = T.alloc_buffer((blocks,), form.correction_dtype)
-        words = T.decl_buffer((facts.k // 4,), "int32", data=xq.data)
-
-        state = prologue.begin_row(x, 0)
-        with T.serial(0, blocks) as b:
-            values = [prologue.values(x, norm, state, 0, b * BLOCK + LANES * h) for h in range(2)]
-            q, scale, total = quantize_block(values)
-            for h in range(2):
-                isa.store(xq, T.cast(q[h], "int8x16"), b * BLOCK + LANES * h)
-            T.buffer_store(scales, scale, [b])
-            T.buffer_store(corrections, form.correction(scale, total), [b])
-
+        row = QuantizedRows.allocate(facts, form, 1, 1)
+        row.fill_row(x, norm, 0)
         with T.parallel(0, facts.panels) as panel:
             acc = isa.registers()
             isa.store(acc, isa.splat(0.0), 0)
             with T.serial(0, blocks // tile.unroll) as step:
                 for u in range(tile.unroll):
                     b = step * tile.unroll + u
-                    dot = form.dot(weight, panel, b, [words[b * GROUPS + j] for j in range(GROUPS)], corrections[b])
+                    at = row.record(0, 1, b, 0)
+                    dot = form.dot(weight, panel, b, row.vectors(at), row.correction(at))
                     d, m = form.scales(weight, panel, b)
-                    isa.store(acc, form.accumulate(isa.load(acc, 0), dot, d, m, scales[b], corrections[b]), 0)
+                    isa.store(acc, form.accumulate(isa.load(acc, 0), dot, d, m, row.scale(at), row.correction(at)), 0)
             end.write(isa.load(acc, 0), 0, panel)
     return built.get()

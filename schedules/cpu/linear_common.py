@@ -72,6 +72,8 @@ def match_linear(call: Call, target: Target, formats: tuple[str, ...]) -> Linear
     if spec.weight_format not in formats:
         return Reject(f"takes weights in {', '.join(formats)}, not {spec.weight_format}")
     block = FORMATS[spec.weight_format].block
+    if block > 1 and spec.activation_bits not in (8, 16):
+        return Reject(f"takes activations of 8 or 16 bits, not {spec.activation_bits}")
     if spec.in_features % block:
         return Reject(f"{spec.in_features} inputs are no multiple of {spec.weight_format}'s block of {block}")
     try:

@@ -18,13 +18,16 @@ TOKENS, OUTPUTS, INPUTS = 16, 16, 32
 
 
 class TileOps(Protocol):
-    """Instructions on tiles; one object serves the kernel of one parallel task."""
+    """Instructions on tiles; one object serves the kernel of one parallel task.
+
+    `load` takes the bytes from row to row in memory; `store` fills a row of int32[:, 16 * 16] with sums.
+    """
 
     def begin(self) -> None: ...
     def zero(self, tile: int) -> None: ...
-    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None: ...
+    def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None: ...
     def dot(self, sums: int, activations: int, weights: int) -> None: ...
-    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None: ...
+    def store(self, tile: int, buffer: Buffer, row: int) -> None: ...
     def end(self) -> None: ...
 
 
@@ -49,14 +52,14 @@ class AmxTiles:
     def zero(self, tile: int) -> None:
         _instruction("tilezero", _tile(tile))
 
-    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None:
-        _instruction("tileloadd64", _tile(tile), T.address_of(buffer[offset]), _stride(tile))
+    def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None:
+        _instruction("tileloadd64", _tile(tile), T.address_of(buffer[offset]), _stride(stride))
 
     def dot(self, sums: int, activations: int, weights: int) -> None:
         _instruction("tdpbsud", _tile(sums), _tile(activations), _tile(weights))
 
-    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None:
-        _instruction("tilestored64", _tile(tile), T.address_of(buffer[offset]), _stride(tile))
+    def store(self, tile: int, buffer: Buffer, row: int) -> None:
+        _instruction("tilestored64", _tile(tile), T.address_of(buffer[row, 0]), _stride(4 * OUTPUTS))
 
     def end(self) -> None:
         _instruction("tilerelease")
@@ -74,9 +77,10 @@ class PlainTiles:
         with T.serial(0, TOKENS * OUTPUTS) as i:
             T.buffer_store(self.tiles[tile], T.int32(0), [i])
 
-    def load(self, tile: int, buffer: Buffer, offset: Expr) -> None:
-        with T.serial(0, self.tiles[tile].shape[0]) as i:
-            T.buffer_store(self.tiles[tile], buffer[offset + i], [i])
+    def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None:
+        width = INPUTS if tile in ACTIVATIONS else 4 * OUTPUTS
+        with T.grid(int(self.tiles[tile].shape[0]) // width, width) as (row, i):
+            T.buffer_store(self.tiles[tile], buffer[offset + row * stride + i], [row * width + i])
 
     def dot(self, sums: int, activations: int, weights: int) -> None:
         c, a, b = (self.tiles[t] for t in (sums, activations, weights))
@@ -85,9 +89,9 @@ class PlainTiles:
             product = T.cast(a[i * INPUTS + k], "int32") * T.cast(w, "int32")
             T.buffer_store(c, c[i * OUTPUTS + n] + product, [i * OUTPUTS + n])
 
-    def store(self, tile: int, buffer: Buffer, offset: Expr) -> None:
+    def store(self, tile: int, buffer: Buffer, row: int) -> None:
         with T.serial(0, self.tiles[tile].shape[0]) as i:
-            T.buffer_store(buffer, self.tiles[tile][i], [offset + i])
+            T.buffer_store(buffer, self.tiles[tile][i], [row, i])
 
     def end(self) -> None:
         pass
@@ -101,6 +105,5 @@ def _tile(index: int) -> Expr:
     return tirx.const(index, "int8")
 
 
-def _stride(tile: int) -> Expr:
-    """Bytes from row to row in memory, where tiles lie densely."""
-    return tirx.const(INPUTS if tile in ACTIVATIONS else 64, "int64")
+def _stride(bytes_between: int) -> Expr:
+    return tirx.const(bytes_between, "int64")

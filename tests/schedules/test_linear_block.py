@@ -15,6 +15,7 @@ from tests.tolerances import assert_close
 from tilewright.compiler.checkpoint import BLOCK_FORMATS
 from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
 from tilewright.compiler.targets.base import Target
+from tilewright.models.quant import FORMATS
 from tilewright.schedules.base import Call, Reject
 from tilewright.schedules.cpu.linear_block_amx import AmxTile, LinearBlockAmx
 from tilewright.schedules.cpu.linear_block_gemm import GemmTile, LinearBlockGemm
@@ -33,7 +34,9 @@ class EmulatedAmx(LinearBlockAmx):
     tile_ops = PlainTiles
 
 
-def spec_of(form: str, n: int, k: int, prologue: str = "", bias: bool = False, residual: bool = False) -> LinearSpec:
+def spec_of(
+    form: str, n: int, k: int, prologue: str = "", bias: bool = False, residual: bool = False, bits: int = 16
+) -> LinearSpec:
     return LinearSpec(
         n,
         k,
@@ -42,18 +45,23 @@ def spec_of(form: str, n: int, k: int, prologue: str = "", bias: bool = False, r
         NormSpec(k, 1e-5) if prologue == "norm" else None,
         GatedSpec(k, prologue) if prologue not in ("", "norm") else None,
         residual,
+        bits,
     )
 
 
 CASES = [
     spec_of("q4_1", 200, 96, "norm", bias=True, residual=True),
     spec_of("q4_0", 17, 32, "gelu_tanh", residual=True),
-    spec_of("q8_0", 48, 96, "silu", bias=True),
-    spec_of("q4_1", 1, 32),
-    spec_of("q4_0", 48, 576),
+    spec_of("q8_0", 48, 96, "silu", bias=True, bits=8),
+    spec_of("q4_1", 1, 32, bits=8),
+    spec_of("q4_0", 48, 576, bits=8),
     spec_of("q8_0", 33, 576, residual=True),
+    spec_of("q4_1", 40, 192),
+    spec_of("q4_0", 24, 96),
+    spec_of("q8_0", 20, 64, "norm", bits=8),
 ]
-IDS = [f"{s.weight_format}-{s.out_features}x{s.in_features}" for s in CASES]
+IDS = [f"{s.weight_format}-{s.out_features}x{s.in_features}-{s.activation_bits}" for s in CASES]
+PLAIN = [s for s in CASES if not s.norm and not s.gated]
 
 
 @cache
@@ -83,22 +91,42 @@ def test_any_number_of_rows_gives_the_bits_of_single_rows(spec):
     assert_same_bits(gemm(spec), spec, arguments, by_gemv(spec, arguments))
 
 
-@pytest.mark.parametrize("spec", [s for s in CASES if not s.norm and not s.gated], ids=lambda s: s.weight_format)
+@pytest.mark.parametrize("spec", PLAIN, ids=[IDS[CASES.index(s)] for s in PLAIN])
 def test_the_arithmetic_is_the_documented_one(spec):
     arguments = random_arguments(spec, 5)
     assert_close(gemm(spec)(*arguments)[0], integer_reference(spec, arguments), "float32")
 
 
 @pytest.mark.parametrize("spec", CASES, ids=IDS)
-def test_int8_activations_stay_close_to_floats(spec):
+def test_activations_stay_close_to_floats(spec):
     arguments = random_arguments(spec, 7)
     actual = gemm(spec)(*arguments)[0]
-    assert_close(actual, float_reference(spec, arguments), "int8_activations")
+    assert_close(actual, float_reference(spec, arguments), f"int{spec.activation_bits}_activations")
+
+
+BOTH_WIDTHS = pytest.mark.parametrize("bits", [8, 16])
 
 
 @pytest.mark.parametrize("form", BLOCK_FORMATS)
-def test_every_tile_gives_the_same_bits(form):
-    spec = spec_of(form, 40, 128, "norm")
+@pytest.mark.parametrize("target", [None, AVX2_TARGET, BASIC_TARGET], ids=lambda t: t.name if t else "host")
+def test_the_largest_values_are_exact(form, target):
+    """All weights and activations at their extremes, where a sum that leaves its integers would show."""
+    spec = spec_of(form, 16, 32)
+    signs = np.where(np.arange(32) % 2, 1, -1) * np.array([[1], [-1]])
+    x = np.concatenate([signs, np.ones((1, 32)), -np.ones((1, 32))]).astype(np.float32)
+    x *= np.array([1.0, 32639 / 32512 - 2**-20, 3.0, 1e-3], np.float32)[:, None]  # low bytes from end to end
+    weight = np.sign(np.random.default_rng().normal(size=(16, 32))).astype(np.float32)
+    weight[:4] = 1
+    weight[4:8] = signs[0]
+    arguments = [x, FORMATS[form].pack(weight)]
+    run = KernelRunner(lower(GEMM, Call("linear", spec, None, 64), target), target)
+    assert_close(run(*arguments)[0], integer_reference(spec, arguments), "float32")
+
+
+@BOTH_WIDTHS
+@pytest.mark.parametrize("form", BLOCK_FORMATS)
+def test_every_tile_gives_the_same_bits(form, bits):
+    spec = spec_of(form, 40, 128, "norm", bits=bits)
     arguments = random_arguments(spec, max(ROWS))
     expected = by_gemv(spec, arguments)
     facts = GEMM.match(Call("linear", spec, None, 64), host_target())
@@ -111,9 +139,10 @@ def test_every_tile_gives_the_same_bits(form):
 
 
 @pytest.mark.parametrize("target", [AVX2_TARGET, BASIC_TARGET], ids=lambda t: t.name)
+@BOTH_WIDTHS
 @pytest.mark.parametrize("form", BLOCK_FORMATS)
-def test_other_instruction_sets_give_the_same_bits(form, target):
-    spec = spec_of(form, 17, 64, "silu")
+def test_other_instruction_sets_give_the_same_bits(form, bits, target):
+    spec = spec_of(form, 17, 64, "silu", bits=bits)
     arguments = random_arguments(spec, max(ROWS))
     run = KernelRunner(lower(GEMM, Call("linear", spec, None, 64), target), target)
     assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
@@ -121,21 +150,27 @@ def test_other_instruction_sets_give_the_same_bits(form, target):
     np.testing.assert_array_equal(single(*rows_of(spec, arguments, 0, 1))[0], by_gemv(spec, arguments)[:1])
 
 
-@pytest.mark.parametrize("form,k", [("q4_0", 64), ("q4_1", 64), ("q8_0", 64), ("q4_1", 96)])
-def test_matrix_tiles_give_the_same_bits(form, k):
-    spec = spec_of(form, 40, k, "norm", bias=True, residual=True)
+@pytest.mark.parametrize(
+    "form,k,bits",
+    [("q4_0", 64, 8), ("q4_1", 96, 8), ("q8_0", 64, 8), ("q4_0", 96, 16), ("q4_1", 64, 16), ("q8_0", 64, 16)],
+)
+def test_matrix_tiles_give_the_same_bits(form, k, bits):
+    spec = spec_of(form, 40, k, "norm", bias=True, residual=True, bits=bits)
     arguments = random_arguments(spec, max(ROWS))
-    tile = AmxTile(2 if k % 64 == 0 else 1, from_rows=32)  # 33 rows go through tiles, 16 through the other steps
+    depth = 2 if k % 64 == 0 and bits == 8 else 1
+    tile = AmxTile(depth, from_rows=32)  # 33 rows go through tiles, 16 through the other steps
     run = KernelRunner(lower(EmulatedAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile))
     assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
 
 
-def test_matrix_tiles_become_their_instructions():
+@BOTH_WIDTHS
+def test_matrix_tiles_become_their_instructions(bits):
     """Where this machine has them they are run as well."""
-    spec = spec_of("q4_1", 40, 64)
-    lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, AmxTile(2, from_rows=32))
+    spec = spec_of("q4_1", 40, 64, bits=bits)
+    tile = AmxTile(16 // bits, from_rows=32)
+    lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile)
     target = {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
-    assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[1].func}), target=target).mod.inspect_source("asm")
+    assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[0].func}), target=target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
         assert re.search(rf"\b{instruction}\b", assembly), instruction
     if tile_registers_granted():
@@ -188,6 +223,7 @@ def test_a_row_of_zeros_and_a_row_of_nan_stay_apart():
         (GEMV, Call("linear", CASES[0], None, 64), host_target(), "single row"),
         (GEMV, Call("linear", spec_of("f32", 4, 4), 1, 1), host_target(), "takes weights in q4_0"),
         (GEMM, Call("linear", spec_of("q8_0", 4, 40), None, 8), host_target(), "40 inputs are no multiple"),
+        (GEMM, Call("linear", spec_of("q8_0", 4, 32, bits=12), None, 8), host_target(), "of 8 or 16 bits, not 12"),
         (GEMM, Call("linear", CASES[0], None, 64), Target("gpu", "cuda", "sm_90a"), "needs a cpu target, not cuda"),
         (
             GEMM,
