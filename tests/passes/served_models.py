@@ -215,8 +215,10 @@ def round_trip(mod: tvm.IRModule) -> None:
 class Batch:
     """Sequences over one page pool, poisoned with NaN; `step` adds tokens to some and returns what `function` gives."""
 
-    def __init__(self, mod: tvm.IRModule, params: list[np.ndarray], page_size: int, pages: int = 32):
-        self.compiled, self.params, self.page_size = Compiled(mod), params, page_size
+    def __init__(
+        self, mod: tvm.IRModule, params: list[np.ndarray], page_size: int, pages: int = 32, compiled: Any = None
+    ) -> None:
+        self.compiled, self.params, self.page_size = compiled or Compiled(mod), params, page_size
         pages_param = next(p for p in mod["logits"].params if p.name == "pages")
         shape = [int(e) if isinstance(e, tirx.IntImm) else pages for e in pages_param.ty.shape.values]
         self.pages = tvm.runtime.tensor(np.full(shape, np.nan, str(pages_param.ty.dtype)))
