@@ -30,11 +30,11 @@ class ApplySchedules(Pass):
              @T.prim_func linear_q4_gemv_1f0c…                   # attributes tw.kernel = {schedule, tile, floor, …}
 
     A kernel is named after its content, so equal calls share one and a cache can key on the name. Kernels stay in the
-    module until code generation takes them out. `choose(composite, spec, m, m_max)` picks schedule and tile
-    (schedules/order.py).
+    module until code generation takes them out. `choose(composite, spec, m, m_max, inner)` picks schedule
+    and tile (schedules/order.py).
     """
 
-    choose: Callable[[str, Any, int | None, int], Any]
+    choose: Callable[[str, Any, int | None, int, tuple[int, ...]], Any]
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         lowering = _Lowerer(self, mod)
@@ -80,21 +80,22 @@ class _Lowerer:
         """How a composite call is lowered, and its kernels' names. Raises CompileError where no schedule takes it."""
         attrs = self.mod[call.op].attrs
         composite = str(attrs["tw.composite"])
-        rows = self.rows(call)
+        rows, *others = self.extents(call)
+        inner = tuple(int(d.value) for d in others[:-1])
         static = int(rows.value) if isinstance(rows, tvm.tirx.IntImm) else None
-        key = (composite, str(attrs["tw.spec"]), static, static or bounds[rows.name])
+        key = (composite, str(attrs["tw.spec"]), static, static or bounds[rows.name], inner)
         if key not in self._chosen:
-            self._chosen[key] = self._choose(composite, key[1], static, key[3])
+            self._chosen[key] = self._choose(composite, *key[1:])
         return self._chosen[key]
 
-    def rows(self, call: ir.Call) -> Any:
-        """The extent that counts a composite call's rows."""
+    def extents(self, call: ir.Call) -> Any:
+        """The shape of the argument whose leading extent counts a composite call's rows."""
         composite = str(self.mod[call.op].attrs["tw.composite"])
-        return call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values[0]
+        return call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values
 
     def emit(self, builder: Any, call: ir.Call, bounds: dict[str, int]) -> Any:
         lowering, names = self.choice(call, bounds)
-        rows = self.rows(call)
+        rows = self.extents(call)[0]
         values: dict[str, Any] = {}
 
         def value(ref: int | str) -> Any:
@@ -114,8 +115,10 @@ class _Lowerer:
         results = [value(r) for r in lowering.results]
         return results[0] if len(results) == 1 else relax.Tuple(results)
 
-    def _choose(self, composite: str, spec_text: str, m: int | None, m_max: int) -> tuple[Any, list[str]]:
-        choice = self.choose(composite, load_spec(composite, spec_text), m, m_max)
+    def _choose(
+        self, composite: str, spec_text: str, m: int | None, m_max: int, inner: tuple[int, ...]
+    ) -> tuple[Any, list[str]]:
+        choice = self.choose(composite, load_spec(composite, spec_text), m, m_max, inner)
         kernels = choice.lowering.kernels
         names = []
         for kernel in kernels:

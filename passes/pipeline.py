@@ -34,7 +34,7 @@ class PipelineOptions:
     max_tokens: int
     max_batch: int
     top_logprobs: int
-    choose: Callable[[str, Any, int | None, int], Any]
+    choose: Callable[[str, Any, int | None, int, tuple[int, ...]], Any]
 
 
 def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ...]:

@@ -17,12 +17,14 @@ from tilewright.compiler.targets.base import Target
 @dataclass(frozen=True)
 class Call:
     """A composite call as schedules see it. m: the leading (token or row) extent where it is static, else None;
-    m_max: its upper bound. Both count rows of the first tensor argument that carries tokens."""
+    m_max: its upper bound. Both count rows of the first tensor argument that carries tokens. inner: the dimensions of
+    that argument between its rows and its last, such as the heads where each is normalised."""
 
     composite: str
     spec: Any
     m: int | None
     m_max: int
+    inner: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,12 @@ class Chooser:
     tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
     order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
-    def __call__(self, composite: str, spec: Any, m: int | None, m_max: int) -> Choice:
-        """The choice for a call with m rows (None: dynamic, at most m_max). Raises CompileError with every reason."""
-        call = Call(composite, spec, m, m_max)
+    def __call__(self, composite: str, spec: Any, m: int | None, m_max: int, inner: tuple[int, ...] = ()) -> Choice:
+        """The choice for a call with m rows (None: dynamic, at most m_max), each of dimensions `inner` and a last one.
+
+        Raises CompileError with every reason.
+        """
+        call = Call(composite, spec, m, m_max, inner)
         reasons = []
         for schedule in self.order:
             if schedule.composite != composite or schedule.kind != self.target.kind:

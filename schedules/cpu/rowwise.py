@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from tvm import tirx
 
@@ -23,15 +24,17 @@ class RowTile:
 ROW_TILES = (RowTile(), RowTile(1), RowTile(16))
 
 
-def rowwise_kernel(name: str, prologue: Prologue, tile: RowTile) -> tirx.PrimFunc:
-    """x f32[m, in_width] (norm_weight f32[features]) -> y f32[m, features]."""
+def rowwise_kernel(name: str, prologue: Prologue, tile: RowTile, inner: tuple[int, ...] = ()) -> tirx.PrimFunc:
+    """x f32[m, *inner, in_width] (norm_weight f32[features]) -> y f32[m, *inner, features]."""
     with kernel(name) as built:
         m = rows_symbol()
-        x = argument("x", (m, prologue.in_width), "float32")
+        x = argument("x", (m, *inner, prologue.in_width), "float32")
         weight = argument("weight", (prologue.features,), "float32") if prologue.norm else None
-        y = argument("y", (m, prologue.features), "float32")
+        y = argument("y", (m, *inner, prologue.features), "float32")
+        rows = m * prod(inner)
+        x, y = (T.decl_buffer((rows, b.shape[-1]), b.dtype, data=b.data) for b in (x, y))
 
-        for_rows(m, lambda row: prologue.write_row(x, weight, row, y), tile)
+        for_rows(rows, lambda row: prologue.write_row(x, weight, row, y), tile)
     return built.get()
 
 

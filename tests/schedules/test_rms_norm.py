@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+from tvm import relax, tirx
 
 from tests.kernel_runner import KernelRunner, host_target, lower
 from tests.tolerances import assert_close
+from tilewright.compiler.bodies import add_composite
 from tilewright.compiler.composites import NormSpec
+from tilewright.passes.apply_schedules import ApplySchedules, kernel_names
 from tilewright.schedules.base import Call
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rowwise import RowTile
+from tilewright.schedules.order import Chooser
 
 ROWS = (1, 3, 17)
 
@@ -36,6 +40,33 @@ def test_rows_do_not_depend_on_their_number() -> None:
     (whole,) = run(x, weight)
     for row in range(9):
         np.testing.assert_array_equal(run(x[row : row + 1].copy(), weight)[0], whole[row : row + 1])
+
+
+@pytest.mark.parametrize("inner", [(3,), (2, 3)])
+def test_each_head_is_a_row(inner: tuple[int, ...]) -> None:
+    rng = np.random.default_rng()
+    spec = NormSpec(40, 1e-6)
+    run = KernelRunner(lower(RMSNorm(), Call("rms_norm", spec, None, 64, inner)))
+    for rows in (1, 7):
+        x = rng.standard_normal((rows, *inner, 40)).astype(np.float32)
+        weight = rng.standard_normal(40).astype(np.float32)
+        expected = compile_kernel(spec)(x.reshape(-1, 40), weight)[0]
+        np.testing.assert_array_equal(run(x, weight)[0], expected.reshape(x.shape))
+
+
+def test_a_call_on_heads_is_lowered_to_a_kernel_on_heads() -> None:
+    """The pass tells the schedule of the dimension between rows and features."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((tirx.Var("n", "int64"), 3, 40), "float32"))
+    weight = relax.Var("weight", relax.TensorType((40,), "float32"))
+    norm = add_composite(builder, "rms_norm", NormSpec(40, 1e-6), rank=3)
+    with builder.function("logits", [x, weight], attrs={"tir_var_upper_bound": {"n": 16}}):
+        with builder.dataflow():
+            y = builder.emit_output(relax.Call(norm, [x, weight]))
+        builder.emit_func_output(y)
+    mod = ApplySchedules(choose=Chooser(host_target())).run(builder.get())
+    assert str(mod["logits"].ret_ty) == str(x.ty)
+    assert len(kernel_names(mod)) == 1
 
 
 def test_tile_checks_itself() -> None:
