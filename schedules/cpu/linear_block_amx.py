@@ -71,21 +71,20 @@ def _gemm(facts: LinearFacts, form: BlockFormat, tile: AmxTile, ops: TileOps) ->
     blocks = facts.k // BLOCK
     with isa.kernel(facts.name(f"amx{tile.depth}")) as built:
         product = BlockProduct.declare(facts, form, TOKENS)
-        m = product.rows.m
-        with T.parallel(0, facts.panels) as panel:
-            with T.If(m >= tile.from_rows):
+        with product.tasks() as (first, rows, panel):
+            with T.If(product.rows.m >= tile.from_rows):
                 with T.Then():
                     unpacked = T.alloc_buffer((blocks * PANEL_BYTES,), "uint8")
                     scales = T.alloc_buffer((blocks, 2, LANES), "float32")
                     _unpack(product, panel, unpacked, scales)
                     ops.begin()
-                    with T.serial(0, m // TOKENS) as group:
-                        _group(product, ops, tile, group * TOKENS, panel, unpacked, scales)
+                    with T.serial(0, rows // TOKENS) as group:
+                        _group(product, ops, tile, first + group * TOKENS, panel, unpacked, scales)
                     ops.end()
-                with T.Else(), T.serial(0, m // TOKENS * 2) as half:
-                    first = T.bind(half // 2 * TOKENS)
-                    product.step(first, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, panel)
-            product.last_group(panel)
+                with T.Else(), T.serial(0, rows // TOKENS * 2) as half:
+                    group = T.bind(first + half // 2 * TOKENS)
+                    product.step(group, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, panel)
+            product.last_group(first + rows, rows % TOKENS, panel)
     return built.get()
 
 

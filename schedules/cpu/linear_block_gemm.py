@@ -1,11 +1,13 @@
 """Any number of tokens times a block-quantised weight, by int8 dot products.
 
 First the rows are transformed and quantised into scratch (quantized_rows.py), then each thread takes panels of 16
-outputs. A step holds one unpacked block of the weight (8 registers), the sums of `tokens` rows as int32 and as float32
-(2 * tokens registers), and needs no memory for any of them; both bytes of a 16-bit activation use the same registers.
+outputs, for a chunk of rows at a time. A step holds one unpacked block of the weight (8 registers), the sums of
+`tokens` rows as int32 and as float32 (2 * tokens registers), and needs no memory for any of them; both bytes of a
+16-bit activation use the same registers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -26,7 +28,7 @@ from tilewright.schedules.cpu.linear_common import (
 )
 from tilewright.schedules.cpu.quantized_rows import QuantizedRows
 
-SERIAL_ROWS = 8  # up to so many rows one thread quantises faster than two that have to be woken for it
+CHUNK_BYTES = 2**19  # quantised rows that a thread multiplies by all its panels, so that they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class BlockProduct:
         norm = isa.argument("norm_weight", (facts.k,), "float32") if prologue.norm else None
         end = RowEnd.declare(facts, m)
         rows = QuantizedRows.allocate(facts, form, m, tokens)
-        rows.fill(x, norm, SERIAL_ROWS)
+        rows.fill(x, norm)
         return BlockProduct(rows, weight, end)
 
     def step(self, first: Expr, rows: Expr, skip: Expr, count: int, panel: Expr) -> None:
@@ -99,13 +101,26 @@ class BlockProduct:
         for i, acc in enumerate(sums):
             self.end.write(isa.load(acc, 0), first + skip + i, panel)
 
-    def last_group(self, panel: Expr) -> None:
-        """The rows after the last whole group, by steps of 8, 4, 2, 1 as their number has these bits."""
-        m, tokens = self.rows.m, self.rows.tokens
-        rows = T.bind(m % tokens)
-        for count in smaller_counts(tokens):
+    @contextmanager
+    def tasks(self) -> Iterator[tuple[Expr, Expr, Expr]]:
+        """The parallel loop over chunks of equally many rows and panels: first row of the chunk, its rows, panel.
+
+        A chunk is whole groups, the last one may end within a group. The panels of a chunk follow each other.
+        """
+        tokens, panels = self.rows.tokens, self.rows.facts.panels
+        m = self.rows.m
+        most = max(1, CHUNK_BYTES // (4 * self.rows.blocks * self.rows.record_words))
+        chunks = isa.settled(T.max((m + most - 1) // most, T.int64(1)), "int64")
+        size = isa.settled((m + chunks * tokens - 1) // (chunks * tokens) * tokens, "int64")
+        with T.parallel(0, chunks * panels) as task:
+            first = isa.settled(task // panels * size, "int64")
+            yield first, isa.settled(T.max(T.min(m - first, size), T.int64(0)), "int64"), T.bind(task % panels)
+
+    def last_group(self, end: Expr, rows: Expr, panel: Expr) -> None:
+        """The last `rows` rows before row `end`, fewer than a group, by steps of 8, 4, 2, 1 as it has these bits."""
+        for count in smaller_counts(self.rows.tokens):
             with T.If(T.bitwise_and(rows, T.int64(count)) != 0), T.Then():
-                self.step(m - rows, rows, T.bind(rows // (2 * count) * (2 * count)), count, panel)
+                self.step(end - rows, rows, T.bind(rows // (2 * count) * (2 * count)), count, panel)
 
 
 def product_call(facts: LinearFacts, func: tirx.PrimFunc) -> KernelCall:
@@ -117,8 +132,8 @@ def product_call(facts: LinearFacts, func: tirx.PrimFunc) -> KernelCall:
 def _gemm(facts: LinearFacts, form: BlockFormat, tile: GemmTile) -> tirx.PrimFunc:
     with isa.kernel(facts.name(f"gemm{tile.tokens}")) as built:
         product = BlockProduct.declare(facts, form, tile.tokens)
-        with T.parallel(0, facts.panels) as panel:
-            with T.serial(0, product.rows.m // tile.tokens) as group:
-                product.step(group * tile.tokens, T.int64(tile.tokens), 0, tile.tokens, panel)
-            product.last_group(panel)
+        with product.tasks() as (first, rows, panel):
+            with T.serial(0, rows // tile.tokens) as group:
+                product.step(first + group * tile.tokens, T.int64(tile.tokens), 0, tile.tokens, panel)
+            product.last_group(first + rows, rows % tile.tokens, panel)
     return built.get()
