@@ -26,7 +26,7 @@ def build_program(mod: Any, target: Target) -> tuple[Any, Mapping[str, int]]:
     machine = llvm_target(target)
     with machine:
         lowered = tvm.transform.Sequential(_lowering())(mod)
-        planned = tvm.transform.Sequential(_finalising())(lowered)
+        planned = _order_shape_stores(tvm.transform.Sequential(_finalising())(lowered))
     executable = tvm.compile(planned, machine, relax_pipeline=tvm.transform.Sequential([]))
     return executable, _workspace(planned)
 
@@ -61,6 +61,28 @@ def _finalising() -> list[Any]:
         transform.VMShapeLower(),
         transform.AttachGlobalSymbol(),
     ]
+
+
+def _order_shape_stores(mod: Any) -> Any:
+    """The functions that compute a call's extents, with their stores in the order of their slots.
+
+    TVM's VMShapeLower emits the stores of one function in the order of a hash of addresses, which differs from run to
+    run, and so would the code. None reads what another writes, so any order computes the same.
+
+    before   H[7] = H[4] * 812        after   H[6] = H[4] * 384
+             H[6] = H[4] * 384                H[7] = H[4] * 812
+    """
+    import tvm
+    from tvm import tirx
+
+    functions = dict(mod.functions.items())
+    for gvar, func in functions.items():
+        if isinstance(func, tirx.PrimFunc) and isinstance(func.body, tirx.SeqStmt):
+            stores = list(func.body.seq)
+            if "tirx.is_host_func" in func.attrs and all(isinstance(s, tirx.BufferStore) for s in stores):
+                stores.sort(key=lambda store: int(store.indices[0]))
+                functions[gvar] = func.with_body(tirx.SeqStmt(stores))
+    return tvm.IRModule(functions, mod.attrs)
 
 
 def _workspace(mod: Any) -> dict[str, int]:

@@ -95,9 +95,7 @@ def test_step_and_step_1_give_the_same_bits(weight_format: str, tmp_path: Path) 
     one, two = (sampling_arrays(rows, temperature=0.9, seeds=3) for rows in (1, 2))
     for token in (4, 5):
         # A second sequence keeps the general step from being a lone decode.
-        pair = general.step(
-            {0: [token], 1: [token]}, function="step", sampling=sampling_arrays(2, temperature=0.9, seeds=3)
-        )
+        pair = general.step({0: [token], 1: [token]}, function="step", sampling=two)
         own = alone.step({0: [token]}, function="step_1", sampling=one)
         for got, want in zip(own, pair, strict=True):
             np.testing.assert_array_equal(got[0], want[0])
