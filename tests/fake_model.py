@@ -84,7 +84,7 @@ def fake_artifact(path: Path, **changes: Any) -> Artifact:
     fields: dict[str, Any] = {
         "name": "alphabet",
         "target": {"name": "cpu", "kind": "cpu", "arch": "x86_64", "features": ["avx2"]},
-        "model": {"family": "llama", "hidden": 576, "vocab": VOCAB, "window": None},
+        "model": {"family": "llama", "hidden": 576, "qk_norm": False, "tied": True, "vocab": VOCAB, "window": None},
         "limits": {"max_batch": 4, "max_tokens": 32, "max_context": 256, "page_size": 16},
         "kv": {},
         "step": {
@@ -98,13 +98,13 @@ def fake_artifact(path: Path, **changes: Any) -> Artifact:
         "params": (),
         "kernels": (
             {
-                "name": "linear_0",
+                "name": "linear_block_gemv_0",
                 "schedule": "linear_block_gemv",
                 "tile": {"rows": 16},
                 "floor": {"bytes_fixed": 1_234_567, "bytes_per_row": 2048, "flops_per_row": 3_000_000},
                 "calls": {"step_1": 30},
             },
-            {"name": "pack_0", "schedule": "embedding", "tile": None, "floor": None, "calls": {"step": 1}},
+            {"name": "embedding_0", "schedule": "embedding", "tile": None, "floor": None, "calls": {"step": 1}},
         ),
         "memory": {"weights_bytes": 98_000_000, "workspace_bytes": 4_000_000, "page_bytes": 737_280},
         "tokenizer": {},

@@ -301,10 +301,11 @@ def test_inspect(run, artifact):
     code, out, err = run("inspect", str(artifact.path))
     assert (code, err) == (0, "")
     assert re.search(r"^target +cpu \(x86_64, avx2\)", out, re.M)
-    assert re.search(r"^model +family llama, hidden 576, vocab 128", out, re.M)
+    assert re.search(r"^model +family llama, hidden 576, tied, vocab 128$", out, re.M)
     assert re.search(r"^steps +step_1 \(1 tokens\), step \(up to 32 tokens\)", out, re.M)
-    assert re.search(r"^linear_0 +linear_block_gemv +rows 16 +step 1 30 +1.23 MB +2.05 kB +3 M", out, re.M)
-    assert re.search(r"^pack_0 +embedding +step 1\b", out, re.M)
+    assert re.search(r"^kernel +tile +in step_1 +in step +bytes +\+ a row +op. a row$", out, re.M)
+    assert re.search(r"^linear_block_gemv_0 +rows 16 +30 +1.23 MB +2.05 kB +3 M$", out, re.M)
+    assert re.search(r"^embedding_0 +1$", out, re.M)
     assert re.search(r"^weights +98 MB", out, re.M) and re.search(r"^KV cache of a token .* 46.1 kB", out, re.M)
 
 

@@ -72,16 +72,20 @@ def manifest_table(artifact: Artifact) -> Table:
 
 
 def kernel_table(manifest: Manifest) -> Table:
-    """Every kernel with its schedule, tile, calls by step, and the floor of one call."""
-    numeric = ("bytes", "bytes a row", "operations a row")
-    table = console.table("Kernels", "kernel", "schedule", "tile", "calls", *numeric, numeric=numeric)
+    """Every kernel (its schedule's name and a digest) with its tile, its calls in each step, and the floor of one call.
+
+    A call of several kernels has its floor at the last one.
+    """
+    steps = [bucket.function for bucket in manifest.buckets]
+    numeric = (*(f"in {step}" for step in steps), "bytes", "+ a row", "op. a row")
+    table = console.table("Kernels", "kernel", "tile", *numeric, numeric=numeric)
+    table.columns[0].no_wrap = True  # a name to search the dump for
     for kernel in manifest.kernels:
         floor = kernel["floor"] or {}
         table.add_row(
             kernel["name"],
-            _words(kernel["schedule"]),
             _words(kernel["tile"]),
-            _words(kernel["calls"]),
+            *(str(kernel["calls"].get(step, "")) for step in steps),
             console.size(floor["bytes_fixed"]) if floor else "",
             console.size(floor["bytes_per_row"]) if floor else "",
             console.amount(floor["flops_per_row"]) if floor else "",
@@ -110,8 +114,9 @@ def _target(manifest: Manifest) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value in one line; of fields, those without a value left out: hidden 576, layers 30, ..."""
+    """A value in one line; of fields, those that say nothing left out: hidden 576, layers 30, tied, ..."""
     if not isinstance(value, Mapping):
         return "" if value is None else str(value)
-    said = {name: inner for name, inner in value.items() if inner not in (None, (), [], {})}
-    return ", ".join(f"{name.replace('_', ' ')} {_words(inner)}" for name, inner in said.items())
+    said = {name: inner for name, inner in value.items() if inner is not False and inner not in (None, (), [], {})}
+    named = ((name.replace("_", " "), inner) for name, inner in said.items())
+    return ", ".join(name if inner is True else f"{name} {_words(inner)}" for name, inner in named)
