@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
+from tvm.script import tirx as T
 
 import tilewright
 from tests.checkpoints import make_gguf
 from tilewright.compiler import env
 from tilewright.compiler.artifact import ALIGNMENT, COSTS, LIBRARY, MANIFEST, PARAMS, Artifact, sha256
+from tilewright.compiler.codegen.program import _order_shape_stores
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 
 TOKENS = [5, 99, 3, 42, 7]
@@ -101,6 +104,19 @@ def test_two_compiles_give_equal_bytes(checkpoint: Path, path: Path, tmp_path: P
         actual = files(output)
         assert [name for name in expected if actual.get(name) != expected[name]] == []
         assert set(actual) == set(expected)
+
+
+def test_extents_are_computed_in_the_order_of_their_slots() -> None:
+    """TVM gives them in an order that differs from process to process."""
+
+    @T.prim_func(s_tir=True)
+    def shape_func(H: T.Buffer((T.int64(3),), "int64")):
+        T.func_attr({"tirx.is_host_func": True})
+        H[T.int64(2)] = H[T.int64(0)] * T.int64(7)
+        H[T.int64(1)] = H[T.int64(0)] * T.int64(5)
+
+    ordered = _order_shape_stores(tvm.IRModule({"shape_func": shape_func}))["shape_func"]
+    assert [int(store.indices[0]) for store in ordered.body.seq] == [1, 2]
 
 
 # ---- anywhere --------------------------------------------------------------------------------------------------------
