@@ -145,6 +145,14 @@ def test_plain_progress_says_little():
     assert len(stream.getvalue().splitlines()) == 11
 
 
+def test_plain_progress_tells_one_thing_once():
+    stream = io.StringIO()
+    report = PlainProgress(console.Console(file=stream, width=200), clock=lambda: 0.0)
+    report(Progress("link", 0, 1))
+    report(Progress("link", 1, 1))
+    assert stream.getvalue() == "linking: 1 of 1 in 0.0 s\n"
+
+
 def test_downloads_count_bytes():
     stream = io.StringIO()
     PlainProgress(console.Console(file=stream, width=200))(Progress("download", 0, 98_362_432, "model"))

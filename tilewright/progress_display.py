@@ -78,7 +78,8 @@ class PlainProgress:
         if progress.stage != self._stage:
             self._stage, self._started, self._printed = progress.stage, now, now
             if progress.done < progress.total:
-                self._print(progress, now)
+                if progress.total > 1:  # what is one thing is told when it is done
+                    self._print(progress, now)
                 return
         if progress.done == progress.total or now - self._printed >= _PLAIN_INTERVAL_S:
             self._printed = now
