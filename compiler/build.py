@@ -22,6 +22,7 @@ from tilewright.compiler.options import (
 )
 from tilewright.compiler.progress import Progress
 from tilewright.compiler.targets import resolve_target
+from tilewright.compiler.without_torch import without_torch
 
 Report = Callable[[Progress], None]
 
@@ -80,6 +81,8 @@ def _check_quant(quant: str) -> None:
 
 def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) -> Manifest:
     """Everything but the manifest, into `root`; the manifest that describes it."""
+    with without_torch():
+        import tvm  # noqa: F401  first here, so that no later import brings torch along
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
 

@@ -118,20 +118,15 @@ def conversions(checkpoint: Checkpoint, params: tuple[Param, ...]) -> tuple[str,
 
 def kernel_calls(mod: Any) -> dict[str, Counter[str]]:
     """How often each function calls each kernel: function -> kernel -> calls."""
-    from tvm import ir, relax
+    from tvm import relax
+
+    from tilewright.compiler.relax_utils import bindings, op_name
 
     calls: dict[str, Counter[str]] = {}
     for gvar, func in mod.functions.items():
-        if not isinstance(func, relax.Function):
-            continue
-        counter: Counter[str] = Counter()
-
-        def visit(expr: Any, counter: Counter[str] = counter) -> None:
-            if isinstance(expr, ir.Call) and getattr(expr.op, "name", "") == "relax.call_dps_packed":
-                counter[str(expr.args[0].global_symbol)] += 1
-
-        relax.analysis.post_order_visit(func.body, visit)
-        calls[gvar.name_hint] = counter
+        if isinstance(func, relax.Function):
+            kernels = (b.value.args[0] for b in bindings(func) if op_name(b.value) == "call_dps_packed")
+            calls[gvar.name_hint] = Counter(str(kernel.global_symbol) for kernel in kernels)
     return calls
 
 

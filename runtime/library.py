@@ -1,31 +1,16 @@
 """TVM's runtime libraries, without its compiler, and without torch."""
 
-import contextlib
 import ctypes
 import importlib.util
 import os
-import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.errors import ArtifactError
+from tilewright.compiler.without_torch import without_torch
 
 _LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """tvm_ffi imports torch where it is installed; serving needs none of it, and a second to load it is too much."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
 
 
 @cache
@@ -37,7 +22,7 @@ def load_runtime() -> Any:
             "apache-tvm, whose runtime libraries run artifacts, is not installed; pip install apache-tvm"
         )
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-    with _without_torch():
+    with without_torch():
         import tvm_ffi
     for name in _LIBRARIES:
         file = Path(spec.origin).parent / "lib" / name

@@ -24,6 +24,7 @@ ALLOWED = {
         "compiler.env",
         "compiler.errors",
         "compiler.targets.host",
+        "compiler.without_torch",
     ),
     "tilewright": ("",),
 }

@@ -90,20 +90,12 @@ def _workspace(mod: Any) -> dict[str, int]:
     from tvm import ir, relax
 
     totals: dict[str, int] = {}
-
     for gvar, func in mod.functions.items():
-        if not isinstance(func, relax.Function):
-            continue
-        sizes: list[int] = []
-
-        def visit(expr: Any, sizes: list[int] = sizes) -> None:
-            if isinstance(expr, ir.Call) and getattr(expr.op, "name", "") == "relax.vm.alloc_storage":
-                shape = expr.args[0]
-                if isinstance(shape, relax.ShapeExpr) and all(hasattr(v, "value") for v in shape.values):
-                    sizes.append(int(shape.values[0].value))
-
-        relax.analysis.post_order_visit(func.body, visit)
-        totals[gvar.name_hint] = sum(sizes)
+        if isinstance(func, relax.Function):
+            calls = (b.value for block in func.body.blocks for b in block.bindings if isinstance(b.value, ir.Call))
+            shapes = [c.args[0] for c in calls if getattr(c.op, "name", "") == "relax.vm.alloc_storage"]
+            fixed = [s for s in shapes if isinstance(s, relax.ShapeExpr) and hasattr(s.values[0], "value")]
+            totals[gvar.name_hint] = sum(int(s.values[0].value) for s in fixed)
     return totals
 
 
