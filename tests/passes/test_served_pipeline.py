@@ -48,7 +48,17 @@ GEMMA3 = replace(
 
 def served(mod, formats: tuple[tuple[str, str], ...]):
     """The module after the passes up to lower_sampling, verified at the end of each stage."""
-    options = PipelineOptions(formats, PAGE_SIZE, True, (), 16, 4, 5, choose=lambda *_: None)
+    options = PipelineOptions(
+        formats=formats,
+        narrow=(),
+        page_size=PAGE_SIZE,
+        k_transposed=True,
+        decode_buckets=(),
+        max_tokens=16,
+        max_batch=4,
+        top_logprobs=5,
+        choose=lambda *_: None,
+    )
     for stage, passes in pipeline(options)[:2]:
         for p in passes:
             if not isinstance(p, PlanBuckets):
@@ -81,10 +91,11 @@ def check(config: ModelConfig, chosen: dict[str, str], taps: bool = False):
     mod = served(plain, tuple(formats.items()))
     round_trip(mod)
     forward = compile_module(plain)
-    batch = Batch(_without_step(mod), stored(mod, dict(zip(names, params, strict=True))), PAGE_SIZE)
+    function = "layers" if taps else "logits"
+    batch = Batch(_only(mod, function), stored(mod, dict(zip(names, params, strict=True))), PAGE_SIZE)
     for lengths in ({0: 7, 1: 2}, {1: 5, 0: 1}, {0: 1, 1: 1}):
         request = {s: rng.integers(0, config.vocab, n).tolist() for s, n in lengths.items()}
-        got = batch.step(request)
+        got = batch.step(request, function=function)
         for k, sequence in enumerate(request):
             whole = forward(np.array(batch.tokens[sequence], "int32"), *params)
             for a, b in zip(got if taps else [got], whole if taps else [whole], strict=True):
@@ -92,10 +103,11 @@ def check(config: ModelConfig, chosen: dict[str, str], taps: bool = False):
     return mod
 
 
-def _without_step(mod):
-    """What test_lower_sampling runs is not compiled once more."""
-    rest = tvm.IRModule({g: f for g, f in mod.functions.items() if g.name_hint != "step"})
-    return remove_dead_code(rest, "logits")
+def _only(mod, function: str):
+    """`function` beside `logits`, whose parameters say how pages look; what is not run is not compiled."""
+    others = {"layers", "step"} - {function}
+    rest = tvm.IRModule({g: f for g, f in mod.functions.items() if g.name_hint not in others})
+    return remove_dead_code(rest, *{"logits", function})
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3, GEMMA3], ids=lambda c: c.family)
