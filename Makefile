@@ -17,9 +17,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tilewright compile $(MODEL) -o $(MODEL).tw
 	$(BIN)/tilewright generate $(MODEL).tw --prompt "$(PROMPT)" --temperature 0
 
-# All that needs no GPU.
+# All that needs no GPU: file by file on every core, then what measures time.
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not alone" -n auto --dist loadfile
+	$(BIN)/pytest -m "alone and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

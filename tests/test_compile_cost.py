@@ -12,7 +12,7 @@ import pytest
 from tests.test_artifact import files
 from tilewright.compiler import env
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.alone]
 
 COLD_S = 90
 WARM_S = 10
