@@ -37,7 +37,7 @@ class Worker:
         self.name = kind
         command = [python, str(HERE / "worker.py"), kind, path, str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
+        self.version = self._read()["version"]
 
     def __call__(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -124,10 +124,11 @@ def time_model(workers: list[Worker], results: Results, rounds: int, wanted: set
                 decode[worker.name, length].append(statistics.median(times))
     for worker in workers:
         if "prefill-512" in wanted:
-            results.add("prefill-512", worker.name, prefill[worker.name])
+            results.add("prefill-512", worker.name, prefill[worker.name], engine_version=worker.version)
         for length in (4, 512):
             if f"decode-{length}" in wanted:
-                results.add(f"decode-{length}", worker.name, decode[worker.name, length])
+                times = decode[worker.name, length]
+                results.add(f"decode-{length}", worker.name, times, engine_version=worker.version)
     if len(workers) == 2:
         for case in ("prefill-512", "decode-4", "decode-512"):
             if case in wanted:
@@ -140,7 +141,7 @@ def time_memory(start: Sequence[Callable[[], Worker]], results: Results) -> None
     for make in start:
         worker = make()
         worker(op="decode", tokens=prompt, count=16)
-        results.add("memory", worker.name, [worker(op="peak")["mib"]])
+        results.add("memory", worker.name, [worker(op="peak")["mib"]], engine_version=worker.version)
         worker.close()
     if len(start) == 2:
         results.ratio("memory")

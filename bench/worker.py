@@ -3,11 +3,12 @@
     python bench/worker.py tilewright smollm2.tw 2
     python bench/worker.py llama_cpp SmolLM2.gguf 2
 
-A command is a JSON line, and so is the answer: {"op": "prefill", "tokens": [...]} -> {"ms": 1.2};
+The first line out is {"version": "..."}. A command is a JSON line, and so is the answer: {"op": "prefill", "tokens": [...]} -> {"ms": 1.2};
 {"op": "decode", "tokens": [...], "count": 40} -> {"ms": [...]} after a prefill of the tokens;
 {"op": "top", "tokens": [...]} -> {"top": [...]}, the most likely next token at each; {"op": "peak"} -> {"mib": 300}.
 """
 
+import importlib.metadata
 import json
 import resource
 import sys
@@ -124,7 +125,8 @@ def _timed(call: Any, *args: Any) -> float:
 def main() -> None:
     kind, path, threads = sys.argv[1:4]
     engine = {"tilewright": Tilewright, "llama_cpp": LlamaCpp}[kind](path, int(threads))
-    print(json.dumps({"ready": True}), flush=True)
+    package = {"tilewright": "tilewright", "llama_cpp": "llama-cpp-python"}[kind]
+    print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}"}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(engine, json.loads(line))), flush=True)
 
