@@ -3,7 +3,8 @@
     python bench/worker.py tilewright smollm2.tw 2
     python bench/worker.py llama_cpp SmolLM2.gguf 2
 
-The first line out is {"version": "..."}. A command is a JSON line, and so is the answer: {"op": "prefill", "tokens": [...]} -> {"ms": 1.2};
+The first line out is {"version": "..."}. A command is a JSON line, and so is the answer:
+{"op": "prefill", "tokens": [...]} -> {"ms": 1.2};
 {"op": "decode", "tokens": [...], "count": 40} -> {"ms": [...]} after a prefill of the tokens;
 {"op": "top", "tokens": [...]} -> {"top": [...]}, the most likely next token at each; {"op": "peak"} -> {"mib": 300}.
 """
