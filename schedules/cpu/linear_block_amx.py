@@ -29,7 +29,7 @@ class AmxTile:
     """depth: blocks whose tile products are in flight together, a divisor of the number of blocks; with activations of
     16 bits one block has two products and takes all the tiles for sums.
 
-    from_rows: the least number of rows that go through tiles; at about 64 tiles were measured to overtake dot products.
+    from_rows: the least number of rows that go through tiles; with fewer, filling tiles costs more than they save.
     """
 
     depth: int
