@@ -130,8 +130,8 @@ def narrow_activations(config: ModelConfig, formats: Mapping[str, str]) -> tuple
     """Weights in block formats whose products may take 8-bit activations: half of the work, at a cost in accuracy.
 
     They are gate and up, the largest matrices, whose error the gate and the down projection damp; but not those of the
-    last layers, which no later layer averages out. tests/test_real_weights.py holds SmolLM2-135M in Q4_1 under this rule
-    to float32's greedy choice on 99 % of tokens; 8 bits everywhere fall short of that.
+    last layers, which no later layer averages out. tests/test_real_weights.py holds SmolLM2-135M in Q4_1 to float32's
+    greedy choice on 99 % of tokens under this rule; 8 bits everywhere fall short of that.
     """
     exact_layers = 2
     names = (f"layers.{i}.mlp.{m}.weight" for i in range(config.layers - exact_layers) for m in ("gate", "up"))
