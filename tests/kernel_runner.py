@@ -14,6 +14,7 @@ import tvm
 from tvm import tirx
 from tvm.target import Target as TVMTarget
 
+from tilewright.compiler.codegen.llvm_target import build_llvm
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, KernelCall, Lowering, Output, Reject, Schedule
 
@@ -76,7 +77,7 @@ class KernelRunner:
         target = target or host_target()
         module = tvm.IRModule({_symbol(k): k.func for k in lowering.kernels})
         config = {"kind": "llvm", "mcpu": target.mcpu, "mattr": list(target.mattr)}
-        self.library = tvm.compile(module, TVMTarget(config))
+        self.library = build_llvm(module, TVMTarget(config))
         self.functions = [self.library[_symbol(k)] for k in lowering.kernels]
 
     def __call__(self, *arguments: np.ndarray | int, m: int | None = None) -> tuple[np.ndarray, ...]:

@@ -1,10 +1,12 @@
 """Targets: records, what a name resolves to, detection from processor flags, the grant of AMX."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 
 from tilewright.compiler import targets
+from tilewright.compiler.codegen import cuda_toolchain
 from tilewright.compiler.errors import TargetError
 from tilewright.compiler.targets import cpu, cuda, host
 from tilewright.compiler.targets.base import Target
@@ -121,24 +123,73 @@ def test_a_target_of_no_kind_is_refused():
 
 
 @pytest.mark.parametrize("name", ["nvidia-h100", "nvidia-h200"])
-def test_gpu_records_stand_but_are_not_compiled_for(name):
-    assert targets.find_target(name).arch == "sm_90a"
-    with pytest.raises(TargetError, match=f"compiling for {name} is not possible: .*use a CPU target"):
-        targets.resolve_target(name)
+def test_hopper_records(name):
+    record = targets.resolve_target(name)
+    assert (record.arch, record.sms, record.shared_memory_bytes) == ("sm_90a", 132, 232448)
+    assert record.has("wgmma")
+    assert record.has("tma")
 
 
 @pytest.mark.parametrize(
-    ("device", "record"),
-    [("NVIDIA H100 80GB HBM3", "nvidia-h100"), ("NVIDIA H200", "nvidia-h200"), ("NVIDIA GH200 480GB", None)],
+    ("name", "arch"), [("nvidia-a100", "sm_80"), ("nvidia-l40s", "sm_89"), ("nvidia-rtx-4090", "sm_89")]
 )
-def test_cuda_is_this_machines_gpu(monkeypatch, device, record):
-    driver = cuda.Driver((13, 0), (cuda.Device(device, (9, 0)),))
+def test_older_gpus_have_no_hopper_instructions(name, arch):
+    record = targets.find_target(name)
+    assert record.arch == arch
+    assert not record.has("wgmma")
+    assert not record.has("tma")
+
+
+def gpu(monkeypatch, name: str, capability: tuple[int, int], sms: int, version: tuple[int, int] = (13, 0)) -> None:
+    driver = cuda.Driver(version, (cuda.Device(name, capability, sms),))
     monkeypatch.setattr(cuda, "find_driver", lambda: driver)
-    if record is None:
-        with pytest.raises(TargetError, match=f"the GPU {device} is not supported"):
-            targets.find_target("cuda")
-    else:
-        assert targets.find_target("cuda").name == record
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "sms", "record"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, "nvidia-h100"),
+        ("NVIDIA H200", (9, 0), 132, "nvidia-h200"),
+        ("NVIDIA GH200 480GB", (9, 0), 132, "nvidia-h100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "nvidia-a100"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), 128, "nvidia-rtx-4090"),
+        ("NVIDIA RTX 6000 Ada Generation", (8, 9), 142, "nvidia-l40s"),
+    ],
+)
+def test_cuda_is_this_machines_gpu(monkeypatch, device, capability, sms, record):
+    gpu(monkeypatch, device, capability, sms)
+    assert targets.find_target("cuda").name == record
+    assert targets.run_obstacle(targets.RECORDS[record]) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "sms", "sentence"),
+    [
+        (
+            "NVIDIA B200",
+            (10, 0),
+            148,
+            r"the GPU NVIDIA B200 \(sm_100\) is newer than what this version has kernels for; the",
+        ),
+        (
+            "Tesla V100-SXM2-16GB",
+            (7, 0),
+            80,
+            r"the GPU Tesla V100-SXM2-16GB \(sm_70\) is not supported; the supported ones",
+        ),
+        ("NVIDIA H100 PCIe", (9, 0), 114, r"the GPU NVIDIA H100 PCIe \(sm_90\) is not supported"),
+    ],
+)
+def test_cuda_on_a_gpu_without_a_record(monkeypatch, device, capability, sms, sentence):
+    gpu(monkeypatch, device, capability, sms)
+    with pytest.raises(TargetError, match=sentence):
+        targets.find_target("cuda")
+
+
+@pytest.mark.parametrize("name", ["nvidia-b200", "nvidia-rtx-5090"])
+def test_blackwell_is_refused_by_name(name):
+    with pytest.raises(TargetError, match=rf"the GPU {name} \(Blackwell\) is newer than what this version has kernels"):
+        targets.resolve_target(name)
 
 
 def test_cuda_without_a_gpu(monkeypatch):
@@ -146,6 +197,89 @@ def test_cuda_without_a_gpu(monkeypatch):
         monkeypatch.setattr(cuda, "find_driver", lambda driver=driver: driver)
         with pytest.raises(TargetError, match="it has none; name the one to compile for: nvidia-h100, nvidia-h200"):
             targets.find_target("cuda")
+
+
+@pytest.mark.parametrize(
+    ("driver", "sentence"),
+    [
+        (None, "this machine has no NVIDIA driver"),
+        (cuda.Driver((13, 0), ()), "this machine has no NVIDIA GPU, or hides it (CUDA_VISIBLE_DEVICES)"),
+        (
+            cuda.Driver((12, 8), (cuda.Device("NVIDIA H100", (9, 0), 132),)),
+            "the NVIDIA driver here serves CUDA 12.8 and not 13.0; install release 580 or newer",
+        ),
+        (
+            cuda.Driver((13, 1), (cuda.Device("NVIDIA A100-SXM4-80GB", (8, 0), 108),)),
+            "the GPU here, NVIDIA A100-SXM4-80GB, is sm_80, and nvidia-h100 is sm_90",
+        ),
+        (
+            cuda.Driver((13, 0), (cuda.Device("NVIDIA H100 PCIe", (9, 0), 114),)),
+            "the GPU here, NVIDIA H100 PCIe, has 114 multiprocessors, and nvidia-h100 has 132",
+        ),
+        (cuda.Driver((13, 2), (cuda.Device("NVIDIA H100 80GB HBM3", (9, 0), 132),)), None),
+    ],
+    ids=["no_driver", "no_device", "old_driver", "other_capability", "fewer_sms", "runs"],
+)
+def test_what_keeps_gpu_code_from_running(monkeypatch, driver, sentence):
+    monkeypatch.setattr(cuda, "find_driver", lambda: driver)
+    assert targets.run_obstacle(targets.RECORDS["nvidia-h100"]) == sentence
+
+
+class FakeDriver:
+    """What ctypes would make of libcuda.so.1: one H100."""
+
+    status = 0
+    attributes: ClassVar = {16: 132, 75: 9, 76: 0}
+
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 13010
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, handle, index):
+        return 0
+
+    def cuDeviceGetName(self, name, size, handle):
+        name.value = b"NVIDIA H100 80GB HBM3"
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = self.attributes[attribute]
+        return 0
+
+
+def test_the_driver_is_asked(monkeypatch):
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: FakeDriver())
+    device = cuda.Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
+    assert cuda.find_driver.__wrapped__() == cuda.Driver((13, 1), (device,))
+    monkeypatch.setattr(FakeDriver, "status", 100)  # CUDA_ERROR_NO_DEVICE
+    assert cuda.find_driver.__wrapped__() is None
+
+
+def test_no_driver(monkeypatch):
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", absent)
+    assert cuda.find_driver.__wrapped__() is None
+
+
+def test_compiling_for_a_gpu_needs_its_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_toolchain, "_wheel_roots", lambda: [tmp_path])
+    monkeypatch.setattr(cuda_toolchain, "TOOLKIT", tmp_path)
+    monkeypatch.setattr(cuda_toolchain, "find_toolchain", cuda_toolchain.find_toolchain.__wrapped__)
+    with pytest.raises(TargetError) as raised:
+        targets.resolve_target("nvidia-h100")
+    assert str(raised.value) == (
+        "compiling for nvidia-h100 is not possible: CUDA code is compiled by nvidia-cuda-crt, nvidia-cuda-nvrtc, "
+        "nvidia-cuda-runtime of CUDA 13, not found; pip install 'tilewright[cuda]'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,8 +314,9 @@ def test_another_architecture_is_not_linked_for_here(machine):
         targets.resolve_target("cpu-aarch64")
 
 
-def test_what_runs_here(machine):
+def test_what_runs_here(machine, monkeypatch):
     machine("x86_64", ("avx2", "f16c", "fma", "avx512"))
+    monkeypatch.setattr(cuda, "find_driver", lambda: None)
     obstacles = {name: targets.run_obstacle(record) for name, record in targets.RECORDS.items()}
     assert obstacles == {
         "cpu-x86-64-v3": None,
@@ -189,6 +324,5 @@ def test_what_runs_here(machine):
         "cpu-x86-64-v4-vnni": "this processor lacks avx512vnni",
         "cpu-x86-64-v4-vnni-amx": "this processor lacks avx512vnni, amx_int8",
         "cpu-aarch64": "this machine is x86_64",
-        "nvidia-h100": "this version has no CUDA runtime",
-        "nvidia-h200": "this version has no CUDA runtime",
+        **{record.name: "this machine has no NVIDIA driver" for record in cuda.RECORDS},
     }

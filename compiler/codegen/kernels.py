@@ -1,7 +1,8 @@
 """Kernels to object files: in parallel, cached by content.
 
-The cache key covers the kernel's IR, the target and TVM's version, so an entry never goes stale; entries are written
-aside and renamed, so an interrupted compile resumes from what it has.
+The cache key covers the kernel's IR, the target and all that compiles it, so an entry never goes stale; entries are
+written aside and renamed, so an interrupted compile resumes from what it has. A kernel for a GPU has a second file
+beside its object file: the device's part, which the library takes in.
 """
 
 import contextlib
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.compiler import env
-from tilewright.compiler.codegen.llvm_target import llvm_target
+from tilewright.compiler.codegen.cuda_module import CudaKernel, compile_function
+from tilewright.compiler.codegen.cuda_source import how
+from tilewright.compiler.codegen.llvm_target import build_llvm, cuda_target, llvm_target
+from tilewright.compiler.codegen.object_code import object_code as _object_code
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 
@@ -26,10 +30,11 @@ def compile_kernels(
     jobs: int | None = None,
     done: Callable[[str, bool], None] = lambda name, cached: None,
 ) -> dict[str, Path]:
-    """Object files of `kernels` (name -> PrimFunc) for a CPU target.
+    """Object files of `kernels` (name -> PrimFunc), each with its `device_part` where the target is a GPU.
 
-    done(name, cached) is called as each one is ready. LLVM runs outside Python's lock, so threads are enough. Raises
-    CompileError where the cache can't be written.
+    done(name, cached) is called as each one is ready. LLVM runs outside Python's lock and NVRTC in processes of its
+    own, so threads are enough. Raises CompileError where the cache can't be written, TargetError where the target's
+    compiler is not installed.
     """
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -40,9 +45,10 @@ def compile_kernels(
             done(name, True)
         else:
             missing.append(name)
+    compile_one = _compile_cuda if target.kind == "cuda" else _compile
     with ThreadPoolExecutor(max_workers=jobs or os.cpu_count() or 1) as pool:
         try:
-            futures = {pool.submit(_compile, kernels[n], n, target, objects[n]): n for n in missing}
+            futures = {pool.submit(compile_one, kernels[n], n, target, objects[n]): n for n in missing}
             for future in as_completed(futures):
                 future.result()
                 done(futures[future], False)
@@ -52,36 +58,54 @@ def compile_kernels(
     return objects
 
 
+def device_part(file: Path) -> Path:
+    """The device's part of a kernel for a GPU, by its object file."""
+    return file.with_suffix(".cuda")
+
+
+def read_kernel(file: Path) -> CudaKernel:
+    """A compiled kernel for a GPU, by its object file."""
+    return CudaKernel(file.read_bytes(), device_part(file).read_bytes())
+
+
 def cache_key(func: Any, target: Target) -> str:
     """Content of the kernel, what it is compiled for, and what compiles it."""
     import tvm
 
-    parts = (tvm.__version__, target.mcpu, *target.mattr, tvm.ir.save_json(func))
+    parts = (tvm.__version__, *_compiler(target), tvm.ir.save_json(func))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _compiler(target: Target) -> tuple[str, ...]:
+    if target.kind == "cpu":
+        return target.mcpu, *target.mattr
+    return str(cuda_target(target)), how()
 
 
 def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     import tvm
 
-    executable = tvm.compile(tvm.IRModule({name: func.without_attr("tw.kernel")}), llvm_target(target))
-    code = _object_code(executable.mod)
+    executable = build_llvm(tvm.IRModule({name: func.without_attr("tw.kernel")}), llvm_target(target))
+    _write(file, _object_code(executable.mod))
+
+
+def _compile_cuda(func: Any, name: str, target: Target, file: Path) -> None:
+    kernel = compile_function(func.without_attr("tw.kernel"), name, target)
+    # The object file last: where it stands, its other half does.
+    _write(device_part(file), kernel.device)
+    _write(file, kernel.object)
+
+
+def _write(file: Path, content: bytes) -> None:
     with _writing_to(file.parent):
         handle, aside = tempfile.mkstemp(suffix=".o", dir=file.parent)
         try:
             with open(handle, "wb") as stream:
-                stream.write(code)
+                stream.write(content)
             os.replace(aside, file)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
-
-
-def _object_code(mod: Any) -> bytes:
-    """The object file of an LLVM module, by way of a file in memory: LLVM ends the process where a disk is full."""
-    memory = os.memfd_create("kernel.o")
-    with open(memory, "rb") as stream:
-        mod.write_to_file(f"/proc/self/fd/{memory}", "o")
-        return stream.read()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,24 @@
-"""TVM's target for one of our CPU targets."""
+"""TVM's target for one of our targets."""
 
 from typing import Any
 
+from tilewright.compiler.targets import host
 from tilewright.compiler.targets.base import Target
+
+# The host's part of a CUDA program launches kernels and computes extents: any machine of the architecture runs it.
+_HOST_LEVEL = {"x86_64": "x86-64-v2"}
+
+
+def build_llvm(mod: Any, machine: Any) -> Any:
+    """A module of kernels for a CPU, as TVM compiles it.
+
+    Kernels allocate what they need and no more. TVM's pass that would shrink their buffers finds nothing to do and
+    takes nearly all of the time, over 20 seconds for a large kernel; so it is left out.
+    """
+    import tvm
+
+    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+        return tvm.compile(mod, machine)
 
 
 def llvm_target(target: Target) -> Any:
@@ -15,3 +31,14 @@ def llvm_target(target: Target) -> Any:
     if target.mattr:
         options["mattr"] = list(target.mattr)
     return tvm.target.Target(options)
+
+
+def cuda_target(target: Target) -> Any:
+    """The CUDA target, whose host is the lowest level of this machine's architecture that GPU machines have."""
+    import tvm
+
+    level = {"kind": "llvm", "mcpu": _HOST_LEVEL.get(host.arch(), "generic")}
+    device: dict[str, Any] = {"kind": "cuda", "arch": target.arch}
+    if target.shared_memory_bytes:
+        device["max_shared_memory_per_block"] = target.shared_memory_bytes
+    return tvm.target.Target(device, host=level)

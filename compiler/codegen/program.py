@@ -1,12 +1,17 @@
 """The step's program: Relax to VM code, linked with the kernels into one shared library."""
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tilewright.compiler.codegen.c_compiler import c_compiler
+from tilewright.compiler.codegen.cuda_module import cuda_codegen, load_device_part
+from tilewright.compiler.codegen.held_calls import hold_calls, release_calls
+from tilewright.compiler.codegen.kernels import device_part
 from tilewright.compiler.codegen.llvm_target import llvm_target
 from tilewright.compiler.errors import CompileError, TargetError
 from tilewright.compiler.targets.base import Target
@@ -18,20 +23,31 @@ _ROOM_BYTES = 64 << 20
 def build_program(mod: Any, target: Target) -> tuple[Any, Mapping[str, int]]:
     """A Relax VM executable of a scheduled module without its kernels, and each function's planned workspace in bytes.
 
-    What no schedule took is lowered by TVM. Weights become one tuple argument, so that a call passes a handful of
-    values, whatever the number of layers.
+    What no schedule took is lowered by TVM; for a GPU it becomes kernels of one thread an element. Weights become one
+    tuple argument, so that a call passes a handful of values, whatever the number of layers.
     """
     import tvm
 
-    machine = llvm_target(target)
-    with machine:
-        lowered = tvm.transform.Sequential(_lowering())(mod)
+    with _codegen(target) as machine:
+        fused = release_calls(tvm.transform.Sequential(_fusing())(hold_calls(mod)))
+        lowered = tvm.transform.Sequential([*_device_schedules(target), *_lowering()])(fused)
         planned = _order_shape_stores(tvm.transform.Sequential(_finalising())(lowered))
-    executable = tvm.compile(planned, machine, relax_pipeline=tvm.transform.Sequential([]))
+        executable = tvm.compile(planned, machine, relax_pipeline=tvm.transform.Sequential([]))
     return executable, _workspace(planned)
 
 
-def _lowering() -> list[Any]:
+@contextlib.contextmanager
+def _codegen(target: Target) -> Iterator[Any]:
+    """TVM's target, as the current one."""
+    if target.kind == "cuda":
+        with cuda_codegen(target) as machine:
+            yield machine
+    else:
+        with llvm_target(target) as machine:
+            yield machine
+
+
+def _fusing() -> list[Any]:
     from tvm.relax import transform
 
     return [
@@ -42,6 +58,22 @@ def _lowering() -> list[Any]:
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
+    ]
+
+
+def _device_schedules(target: Target) -> list[Any]:
+    """Blocks and threads for the loops of plain operators, on a GPU."""
+    if target.kind == "cpu":
+        return []
+    from tvm.s_tir import dlight
+
+    return [dlight.ApplyDefaultSchedule(dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback())]
+
+
+def _lowering() -> list[Any]:
+    from tvm.relax import transform
+
+    return [
         transform.RewriteDataflowReshape(),
         transform.ToNonDataflow(),
         transform.RemovePurityChecking(),
@@ -99,19 +131,16 @@ def _workspace(mod: Any) -> dict[str, int]:
     return totals
 
 
-def c_compiler() -> str:
-    """The C compiler that links. Raises TargetError where there is none."""
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return name
-    raise TargetError("no C compiler (cc, gcc or clang) is on PATH to link the model with; install one")
-
-
 def link(executable: Any, kernels: Iterable[Path], library: Path) -> None:
-    """One shared library of program and kernels. Symbols are stripped, so that equal input gives equal bytes."""
+    """One shared library of program and kernels. Symbols are stripped, so that equal input gives equal bytes.
+
+    kernels: object files; the device's part of each, where it has one, becomes a CUDA module in the library.
+    """
     compiler = c_compiler()
     _check_room()
-    extra = sorted(str(k) for k in kernels)
+    files = sorted(kernels)
+    extra = [str(file) for file in files]
+    _import_device_parts(executable, [device_part(file) for file in files if device_part(file).exists()])
 
     def run(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
         command = [compiler, "-shared", "-fPIC", "-Wl,-s", "-Wl,--build-id=none", "-o", output, *objects, *extra, "-lm"]
@@ -121,6 +150,18 @@ def link(executable: Any, kernels: Iterable[Path], library: Path) -> None:
 
     run.object_format = "o"  # type: ignore[attr-defined]
     executable.export_library(str(library), fcompile=run)
+
+
+def _import_device_parts(executable: Any, files: list[Path]) -> None:
+    """Gives the program's host code the kernels' device code, where a kernel's host function looks for it.
+
+    All host code of a library shares one context, whose imports are those of the program's LLVM module.
+    """
+    if not files:
+        return
+    host = next(module for module in executable.mod.imports if module.kind == "llvm")
+    for file in files:
+        host.import_module(load_device_part(file.read_bytes()))
 
 
 def _check_room() -> None:

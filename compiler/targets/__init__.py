@@ -25,6 +25,9 @@ def find_target(name: str) -> Target:
         return _HERE[name]()
     if name in RECORDS:
         return RECORDS[name]
+    refusal = cuda.refusal(name)
+    if refusal:
+        raise TargetError(refusal)
     known = ["auto", *_HERE, *RECORDS]
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
@@ -42,8 +45,8 @@ def resolve_target(name: str = "auto") -> Target:
 
 def compile_obstacle(target: Target) -> str | None:
     """Why no code for `target` can be generated here, and what to do; None where it can."""
-    if target.kind != "cpu":
-        return f"this version has no {target.kind.upper()} code generator; use a CPU target such as cpu"
+    if target.kind == "cuda":
+        return _toolchain_obstacle()
     if target.arch != host.arch():
         return f"linking for {target.arch} needs a machine of that architecture, this one is {host.arch()}"
     return None
@@ -51,9 +54,19 @@ def compile_obstacle(target: Target) -> str | None:
 
 def run_obstacle(target: Target) -> str | None:
     """Why an artifact for `target` would be refused here; None where it would run."""
-    if target.kind != "cpu":
-        return f"this version has no {target.kind.upper()} runtime"
+    if target.kind == "cuda":
+        return cuda.run_obstacle(target)
     if target.arch != host.arch():
         return f"this machine is {host.arch()}"
     absent = host.missing(target.features)
     return f"this processor lacks {', '.join(absent)}" if absent else None
+
+
+def _toolchain_obstacle() -> str | None:
+    from tilewright.compiler.codegen.cuda_toolchain import find_toolchain
+
+    try:
+        find_toolchain()
+    except TargetError as error:
+        return str(error)
+    return None

@@ -9,22 +9,52 @@ from tilewright.compiler.targets.base import Target
 
 _HOPPER = ("tma", "wgmma", "fp8")
 
+
+def _hopper(name: str, bandwidth_gbs: float | None = None, matrix_tops: float | None = None) -> Target:
+    return Target(
+        name,
+        "cuda",
+        "sm_90a",
+        _HOPPER,
+        sms=132,
+        shared_memory_bytes=227 << 10,
+        l2_bytes=50 << 20,
+        bandwidth_gbs=bandwidth_gbs,
+        matrix_tops=matrix_tops,
+    )
+
+
 RECORDS = (
     # Ceilings measured on an H100 80GB HBM3 (SXM): a read of 2 GiB, and bf16 8192^3 in cuBLAS.
-    Target("nvidia-h100", "cuda", "sm_90a", _HOPPER, bandwidth_gbs=3060.0, matrix_tops=750.0),
-    Target("nvidia-h200", "cuda", "sm_90a", _HOPPER),
+    _hopper("nvidia-h100", bandwidth_gbs=3060.0, matrix_tops=750.0),
+    _hopper("nvidia-h200"),
+    Target("nvidia-a100", "cuda", "sm_80", sms=108, shared_memory_bytes=163 << 10, l2_bytes=40 << 20),
+    Target("nvidia-l40s", "cuda", "sm_89", ("fp8",), sms=142, shared_memory_bytes=99 << 10, l2_bytes=96 << 20),
+    Target("nvidia-rtx-4090", "cuda", "sm_89", ("fp8",), sms=128, shared_memory_bytes=99 << 10, l2_bytes=72 << 20),
 )
 
+# What the cubins are made with: an older driver does not load them.
+CUDA_VERSION = (13, 0)
+_DRIVER_RELEASE = 580  # the first that serves it
+
+_NEWEST_MAJOR = 9  # Hopper's compute capability; what comes after it has other matrix units
+_BLACKWELL = ("nvidia-b100", "nvidia-b200", "nvidia-b300", "nvidia-gb200", "nvidia-gb300", "nvidia-rtx-5090")
+
 _DRIVER = "libcuda.so.1"
-_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+_SMS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 
 
 @dataclass(frozen=True)
 class Device:
-    """An NVIDIA GPU as its driver describes it. capability: (9, 0) for sm_90."""
+    """An NVIDIA GPU as its driver describes it. capability: (9, 0) for sm_90. sms: multiprocessors, 0 if untold."""
 
     name: str
     capability: tuple[int, int]
+    sms: int = 0
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
 @dataclass(frozen=True)
@@ -36,17 +66,60 @@ class Driver:
 
 
 def this_machine() -> Target:
-    """The record of the first GPU here. Raises TargetError where there is none, or none that is known."""
+    """The record of the first GPU here: the one of its name, or else the first that its code runs on.
+
+    Raises TargetError where there is no GPU, or none that is supported.
+    """
     driver = find_driver()
     if driver is None or not driver.devices:
         names = ", ".join(record.name for record in RECORDS)
         raise TargetError(f"target cuda means this machine's GPU and it has none; name the one to compile for: {names}")
     device = driver.devices[0]
-    for record in RECORDS:
-        if record.name.removeprefix("nvidia-") in device.name.lower().split():
-            return record
+    fitting = [record for record in RECORDS if _misfit(record, device) is None]
+    named = [record for record in fitting if _named(record, device)]
+    if fitting:
+        return (named or fitting)[0]
+    raise TargetError(_unsupported(device.name, device.arch, device.capability[0] > _NEWEST_MAJOR))
+
+
+def refusal(name: str) -> str | None:
+    """Why a GPU that people name, and that is no record, is not one."""
+    return _unsupported(name, "Blackwell", newer=True) if name.lower() in _BLACKWELL else None
+
+
+def run_obstacle(target: Target) -> str | None:
+    """Why code for `target` does not run on the first GPU here; None where it does."""
+    driver = find_driver()
+    if driver is None:
+        return "this machine has no NVIDIA driver"
+    if not driver.devices:
+        return "this machine has no NVIDIA GPU, or hides it (CUDA_VISIBLE_DEVICES)"
+    if driver.version < CUDA_VERSION:
+        has, needs = (".".join(map(str, v)) for v in (driver.version, CUDA_VERSION))
+        return f"the NVIDIA driver here serves CUDA {has} and not {needs}; install release {_DRIVER_RELEASE} or newer"
+    return _misfit(target, driver.devices[0])
+
+
+def _misfit(target: Target, device: Device) -> str | None:
+    """Why code for `target` does not run on `device`. Cubins may run on later capabilities too, where a block may have
+    less memory than kernels were laid out for; and kernels that wait for one another want as many multiprocessors."""
+    arch = target.arch.removesuffix("a")
+    if device.arch != arch:
+        return f"the GPU here, {device.name}, is {device.arch}, and {target.name} is {arch}"
+    if device.sms and device.sms < target.sms:
+        return f"the GPU here, {device.name}, has {device.sms} multiprocessors, and {target.name} has {target.sms}"
+    return None
+
+
+def _named(record: Target, device: Device) -> bool:
+    words = device.name.lower().replace("-", " ").split()
+    return all(word in words for word in record.name.removeprefix("nvidia-").split("-"))
+
+
+def _unsupported(name: str, kind: str, newer: bool) -> str:
     known = ", ".join(record.name for record in RECORDS)
-    raise TargetError(f"the GPU {device.name} is not supported; the supported ones are {known}")
+    why = "is newer than what this version has kernels for" if newer else "is not supported"
+    return f"the GPU {name} ({kind}) {why}; the supported ones are {known}"
 
 
 @lru_cache(maxsize=1)
@@ -68,10 +141,8 @@ def _device(cuda: ctypes.CDLL, index: int) -> Device:
     cuda.cuDeviceGet(ctypes.byref(handle), index)
     name = ctypes.create_string_buffer(256)
     cuda.cuDeviceGetName(name, len(name), handle)
-    return Device(
-        name.value.decode(errors="replace"),
-        (_attribute(cuda, handle, _COMPUTE_CAPABILITY_MAJOR), _attribute(cuda, handle, _COMPUTE_CAPABILITY_MINOR)),
-    )
+    numbers = [_attribute(cuda, handle, which) for which in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _SMS)]
+    return Device(name.value.decode(errors="replace"), (numbers[0], numbers[1]), numbers[2])
 
 
 def _attribute(cuda: ctypes.CDLL, device: ctypes.c_int, attribute: int) -> int:
