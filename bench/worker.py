@@ -45,6 +45,7 @@ class Tilewright:
                 page_indptr=i32(0, len(pages)),
                 page_indices=pages,
                 kv_len=i32(end),
+                phases=i32(int(count == 1)),
                 rows=i32(count - 1),
                 temperature=f32(0),
                 top_k=i32(0),
@@ -61,6 +62,7 @@ class Tilewright:
                 bias_indptr=i32(0, 0),
                 bias_tokens=i32(0),
                 bias_values=f32(0),
+                alternatives=i32(0),
             )
         )
         return int(result.token_ids[0])

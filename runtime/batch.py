@@ -25,12 +25,15 @@ class BatchBuilder:
         self._settings: dict[str, np.ndarray] = {}
 
     def build(self, chunks: Sequence[tuple[Sample, int]]) -> tuple[StepBatch, list[Sample]]:
-        """The step's arrays, and the sample of each row. The tables already hold pages for the chunks."""
+        """The step's arrays, and the sample of each row. The tables already hold pages for the chunks.
+
+        A drawn token that is not known yet goes in as its sample holds it, as the row that draws it.
+        """
         step, last = self._step(chunks)
         rows: list[Sample] = []
         places: list[int] = []
         for (sample, tokens), end in zip(chunks, last, strict=True):
-            if sample.computed + tokens == sample.length:
+            if sample.computed + tokens == sample.known:
                 drawing = sample.request.samples if sample.width > 1 else [sample]
                 rows += drawing
                 places += [end - 1] * len(drawing)
@@ -60,6 +63,7 @@ class BatchBuilder:
             "page_indptr": _indptr(len(sample.table) for sample, _ in chunks),
             "page_indices": np.concatenate([sample.table.array for sample, _ in chunks]),
             "kv_len": np.array([sample.computed + tokens for sample, tokens in chunks], np.int32),
+            "phases": np.array([sample.generating for sample, _ in chunks], np.int32),
         }
         return arrays, last
 
@@ -86,6 +90,7 @@ def _settings(rows: list[Sample]) -> dict[str, np.ndarray]:
     """The part of SAMPLING_INPUTS that stays the same for a sample's whole life."""
     arrays = {name: [getattr(s.request.params, name) for s in rows] for name in _PARAMS}
     arrays["seeds"] = [s.seed for s in rows]
+    arrays["alternatives"] = [s.request.params.logprobs or 0 for s in rows]
     return {name: np.array(values, SAMPLING_INPUTS[name][1]) for name, values in arrays.items()}
 
 

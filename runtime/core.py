@@ -1,4 +1,8 @@
-"""The serving loop: receive, schedule, step, process. One thread turns it; any thread may submit and cancel.
+"""The serving loop: receive, schedule, launch, process. One thread turns it; any thread may submit and cancel.
+
+Where the device runs ahead, a step is launched before the one before it is processed, so that the device never waits
+for the host: a token that is drawn in one step and computed in the next is handed on by the device. A sample that turns
+out to have ended leaves a row in the step after, whose draw is dropped.
 
 It knows no text, no threads and no clock but the one it is given, so tests and simulations turn it by hand.
 """
@@ -7,12 +11,13 @@ import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from tilewright.runtime.batch import BatchBuilder
-from tilewright.runtime.kv_cache import PagePool
+from tilewright.runtime.kv_cache import PagePool, pages_for
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.policy import Budget, Plan, Policy, View
 from tilewright.runtime.types import Costs, EngineError, Executor, FinishReason, StepResult, TokenLogprob
@@ -22,13 +27,31 @@ Clock = Callable[[], float]
 
 @dataclass
 class Stats:
-    """Counts since the start."""
+    """Counts since the start. replays: preempted samples whose pages found no room beside the device's, so that their
+    tokens were computed again, one by one as before."""
 
     steps: int = 0
     tokens: int = 0
     drawn: int = 0
     preemptions: int = 0
+    replays: int = 0
     copied_pages: int = 0
+
+
+@dataclass
+class Flight:
+    """A step that was launched and is not processed yet.
+
+    rows, places: the sample of each row, and where in its tokens the drawn one goes. members: all samples whose pages
+    the step uses. leaving: those that are on no list any more; their pages are given back when the step is done.
+    """
+
+    pending: Any
+    rows: list[Sample]
+    places: list[int]
+    members: set[Sample]
+    leaving: list[Sample] = field(default_factory=list)
+    landed: bool = False
 
 
 @dataclass
@@ -45,6 +68,7 @@ class EngineCore:
     clock: Clock = time.perf_counter
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
+    swapped: list[Sample] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     failure: BaseException | None = None
 
@@ -52,6 +76,7 @@ class EngineCore:
         limits = self.executor.limits
         self.pool = PagePool(limits.num_pages, limits.page_size)
         self._builder = BatchBuilder(limits.page_size, limits.max_context)
+        self._flights: deque[Flight] = deque()
         self._inbox: deque[tuple[str, Request]] = deque()
         self._door = threading.Lock()  # nobody slips in while the core dies
 
@@ -70,7 +95,7 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        return bool(self._inbox or self.waiting or self.running)
+        return bool(self._inbox or self.waiting or self.running or self.swapped or self._flights)
 
     # -- from the loop's thread --
 
@@ -80,8 +105,8 @@ class EngineCore:
             self._receive()
             plan = self._schedule()
             if plan is not None:
-                rows, result = self._step(plan)
-                self._process(rows, result)
+                self._launch(plan)
+            self._process(ahead=int(plan is not None and self.executor.runs_ahead))
         except BaseException as error:
             self.fail(error)
             raise
@@ -92,20 +117,23 @@ class EngineCore:
             self.failure = error
         for request in [*self._requests(), *(request for _, request in self._inbox)]:
             self._finish(request, "error")
+        self._flights.clear()
 
     def check_invariants(self) -> None:
         """Raises AssertionError unless the books are right. Between turns; when idle, every page must be free."""
-        self.pool.check(sample.table for sample in self.running)
+        self.pool.check(sample.table for sample in chain(self.running, self._leaving()))
         assert not any(len(sample.table) or sample.computed for sample in self.waiting), "a waiting sample holds pages"
-        ranks = [sample.rank for sample in chain(self.waiting, self.running)]
-        assert len(set(ranks)) == len(ranks), "a sample is listed twice"
-        for samples in (self.waiting, self.running):
+        assert not any(len(sample.table) for sample in self.swapped), "a swapped sample holds pages"
+        listed = [*self._samples(), *self._leaving()]
+        assert len({sample.rank for sample in listed}) == len(listed), "a sample is listed twice"
+        for samples in (self.waiting, self.running, self.swapped):
             assert samples == sorted(samples, key=_rank), "samples are not in order of seniority"
         assert sum(sample.width for sample in self.running) <= self.budget.max_batch, "more rows than the batch has"
-        for sample in chain(self.waiting, self.running):
+        for sample in self._samples():
+            assert (sample.swapped is not None) == (sample in self.swapped), "a handle is lost, or kept too long"
             assert sample.output.completion is None, "a finished sample is still listed"
             assert 0 <= sample.computed < sample.length, "a sample has nothing left to compute"
-            assert sample.length == sample.request.prompt_tokens + sample.drawn, "a draw was lost"
+            assert sample.known == sample.request.prompt_tokens + sample.drawn, "a draw was lost"
 
     def _receive(self) -> None:
         while self._inbox:
@@ -120,11 +148,16 @@ class EngineCore:
                 self._finish(request, "deadline")
 
     def _schedule(self) -> Plan[Sample] | None:
-        if not (self.waiting or self.running):
+        """The next step, its samples on the list of those that run. None where the last one must be processed first."""
+        if self._flights and any(sample.counts is not None for sample in self._flights[-1].rows):
+            self._process()  # penalties are made from the values of tokens
+        self._swap_back()
+        plan = self._plan()
+        if plan is not None and self._flights and (plan.preempt or not plan.chunks):
+            self._process()  # pages may come free
+            plan = self._plan()
+        if plan is None:
             return None
-        now_s = self.clock()
-        view = View(self.waiting, self.running, self.pool.ledger(), self.budget, now_s, self.costs)
-        plan = self.policy.plan(view)
         if not plan.chunks:
             raise EngineError(f"{self.policy} computes nothing with {len(self.waiting)} requests waiting")
         for sample in plan.preempt:
@@ -132,11 +165,21 @@ class EngineCore:
         for sample in plan.admit:
             self.waiting.remove(sample)
             insort(self.running, sample, key=_rank)
-            sample.request.start(now_s)
+            sample.request.start(self.clock())
         return plan
 
-    def _step(self, plan: Plan[Sample]) -> tuple[list[Sample], StepResult]:
-        """Launches the step: pages, arrays, device. `computed` moves on here, tokens come with the result."""
+    def _plan(self) -> Plan[Sample] | None:
+        """What the policy wants. It does not see who waits behind a swapped sample: nobody new takes its place."""
+        waiting = self.waiting
+        if self.swapped:
+            waiting = [sample for sample in waiting if sample.rank < self.swapped[0].rank]
+        if not (waiting or self.running):
+            return None
+        view = View(waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs)
+        return self.policy.plan(view)
+
+    def _launch(self, plan: Plan[Sample]) -> None:
+        """Starts the step: pages, arrays, device. `computed` moves on here, what tokens were drawn comes later."""
         copies = []
         for sample, tokens in plan.chunks:
             copy = self.pool.extend(sample.table, sample.computed, tokens)
@@ -145,29 +188,47 @@ class EngineCore:
         batch, rows = self._builder.build(plan.chunks)
         if copies:
             self.executor.copy_pages(copies)
-        result = self.executor.step(batch)
+        pending = self.executor.launch(batch)
         for sample, tokens in plan.chunks:
             sample.computed += tokens
+        for leader in [sample for sample in rows if sample.width > 1]:
+            self._part(leader)
+        places = [sample.draw(row) for row, sample in enumerate(rows)]
+        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)})
+        self._flights.append(flight)
+        for sample in rows:
+            if sample.drawn == sample.request.max_tokens:  # sure to end
+                self.running.remove(sample)
+                flight.leaving.append(sample)
         self.stats.steps += 1
         self.stats.tokens += len(batch.tokens)
         self.stats.copied_pages += len(copies)
-        return rows, result
 
-    def _process(self, rows: list[Sample], result: StepResult) -> None:
-        """Hands every row's token to its sample; lets the samples of a finished prompt part."""
+    def _process(self, ahead: int = 0) -> None:
+        """Waits for the steps launched but the last `ahead` ones, and hands every row's token to its sample."""
+        while len(self._flights) > ahead:
+            flight = self._flights[0]
+            result = self.executor.collect(flight.pending)
+            flight.landed = True
+            self._hand_out(flight, result)
+            for sample in flight.leaving:
+                self.pool.release(sample.table)
+            self._flights.popleft()
+
+    def _hand_out(self, flight: Flight, result: StepResult) -> None:
         now_s = self.clock()
-        for leader in [sample for sample in rows if sample.width > 1]:
-            self._part(leader)
         tokens, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
-        for row, sample in enumerate(rows):
+        for row, (sample, place) in enumerate(zip(flight.rows, flight.places, strict=True)):
+            if sample.output.completion:  # it ended while the step ran
+                continue
             token, wanted = tokens[row], sample.request.params.logprobs
             logprob = None if wanted is None else _token_logprob(token, logprobs[row], result, row, wanted)
-            sample.append(token)
+            sample.fill(place, token)
             event = sample.output.push(token, logprob, now_s)
             if event.completion:
                 self._retire(sample)
             sample.request.events(sample.request, event)
-        self.stats.drawn += len(rows)
+            self.stats.drawn += 1
 
     def _part(self, leader: Sample) -> None:
         """The prompt is in the cache: every other sample gets a table over the same pages, and runs on its own."""
@@ -179,12 +240,35 @@ class EngineCore:
             insort(self.running, sample, key=_rank)
 
     def _preempt(self, sample: Sample) -> None:
-        """Gives the pages back; the tokens stay and are computed again later."""
+        """Gives the pages back. What they held is moved out and back later, or computed again."""
         self.running.remove(sample)
+        swap = self.executor.swap
+        sample.swapped = swap.out(sample.table.pages) if swap else None
         self.pool.release(sample.table)
-        sample.computed = 0
-        insort(self.waiting, sample, key=_rank)
+        if sample.swapped is not None:
+            insort(self.swapped, sample, key=_rank)
+        else:
+            sample.computed = 0
+            sample.replays = swap is not None  # there, prompts and answers are not computed alike
+            insort(self.waiting, sample, key=_rank)
+            self.stats.replays += sample.replays
         self.stats.preemptions += 1
+
+    def _swap_back(self) -> None:
+        """Swapped samples run again, the most senior first, when they fit beside what those that run will want."""
+        size = self.pool.page_size
+        while self.swapped:
+            sample = self.swapped[0]
+            promised = sum(1 + pages_for(s.length, size) - len(s.table) for s in self.running)
+            places = self.budget.max_batch - sum(s.width for s in self.running)
+            if sample.width > places or pages_for(sample.length, size) + promised > self.pool.free:
+                return
+            self.swapped.pop(0)
+            self.pool.extend(sample.table, 0, sample.computed)
+            if self.executor.swap is not None:
+                self.executor.swap.back(sample.swapped, sample.table.pages)
+            sample.swapped = None
+            insort(self.running, sample, key=_rank)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request's unfinished samples from outside."""
@@ -195,16 +279,31 @@ class EngineCore:
         request.leave_queue()
 
     def _retire(self, sample: Sample) -> None:
-        """Takes a sample off the lists and frees its pages."""
-        if sample in self.running:
-            self.running.remove(sample)
-        elif sample in self.waiting:
-            self.waiting.remove(sample)
-        self.pool.release(sample.table)
+        """Takes a sample off the lists and frees its pages, which wait for a step in flight that uses them."""
+        for samples in (self.running, self.waiting, self.swapped):
+            if sample in samples:
+                samples.remove(sample)
+        if sample.swapped is not None and self.executor.swap is not None:
+            self.executor.swap.drop(sample.swapped)
+            sample.swapped = None
+        flights = [flight for flight in self._flights if not flight.landed and sample in flight.members]
+        if not flights:
+            self.pool.release(sample.table)
+        elif sample not in flights[-1].leaving:
+            flights[-1].leaving.append(sample)
+
+    def _samples(self) -> Iterator[Sample]:
+        """Those that wait or run."""
+        return chain(self.waiting, self.running, self.swapped)
+
+    def _leaving(self) -> Iterator[Sample]:
+        """Those on no list whose pages are in use."""
+        return chain.from_iterable(flight.leaving for flight in self._flights)
 
     def _requests(self) -> list[Request]:
-        """Those that wait or run, each once."""
-        return list(dict.fromkeys(sample.request for sample in chain(self.waiting, self.running)))
+        """Those with unfinished samples, each once."""
+        unfinished = (s for s in chain(self._samples(), self._leaving()) if s.output.completion is None)
+        return list(dict.fromkeys(sample.request for sample in unfinished))
 
 
 def _rank(sample: Sample) -> tuple[int, int, int]:

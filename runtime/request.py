@@ -2,11 +2,15 @@
 
 Nothing here depends on the schedule: tokens, draw counters and penalty counts stay while a preempted sample's cache is
 given up, so computing it again leads to the same state.
+
+A step may be launched before the tokens of the last one are known. Such a token counts as drawn; its value is filled in
+when the device tells it.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -129,11 +133,13 @@ class Sample:
         "counts",
         "drawn",
         "early_biases",
-        "length",
+        "known",
         "output",
         "rank",
+        "replays",
         "request",
         "seed",
+        "swapped",
         "table",
         "tokens",
         "width",
@@ -147,9 +153,11 @@ class Sample:
         self.seed = sample_seed(request.seed, index)
         self.tokens = np.empty(request.prompt_tokens + request.max_tokens, np.int32)
         self.tokens[: request.prompt_tokens] = request.prompt
-        self.length = request.prompt_tokens
+        self.known = request.prompt_tokens  # tokens of prompt and answer so far
         self.computed = 0
         self.drawn = 0
+        self.replays = False  # computes its answer again one token a step, as it was computed first
+        self.swapped: Any = None  # the handle of pages that were moved out
         self.table = PageTable()
         self.counts = TokenCounts(request.prompt) if params.penalised else None
         self.biases = request.biases
@@ -157,14 +165,33 @@ class Sample:
         self.output = Output(request, index, stream)
 
     @property
+    def length(self) -> int:
+        """How far the next steps may compute."""
+        if not self.replays:
+            return self.known
+        prompt = self.request.prompt_tokens
+        return prompt if self.computed < prompt else min(self.known, self.computed + 1)
+
+    @property
+    def generating(self) -> bool:
+        """Whether the next tokens to compute are generated ones, and not the prompt's."""
+        return self.computed >= self.request.prompt_tokens
+
+    @property
     def bias(self) -> Biases:
         """Of the next draw."""
         return self.early_biases if self.drawn < self.request.params.min_tokens else self.biases
 
-    def append(self, token: int) -> None:
-        """Notes a drawn token."""
-        self.tokens[self.length] = token
-        self.length += 1
+    def draw(self, row: int) -> int:
+        """Notes that a row of the step just launched draws the next token. Returns the token's place."""
+        place = self.known
+        self.tokens[place] = -1 - row
+        self.known += 1
         self.drawn += 1
+        return place
+
+    def fill(self, place: int, token: int) -> None:
+        """Notes which token was drawn."""
+        self.tokens[place] = token
         if self.counts is not None:
             self.counts.add(token)

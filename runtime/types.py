@@ -158,7 +158,10 @@ class DeviceLimits:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's arrays, named, typed and shaped as STEP_INPUTS and SAMPLING_INPUTS say. The executor only reads."""
+    """One step's arrays, named, typed and shaped as STEP_INPUTS and SAMPLING_INPUTS say. The executor only reads.
+
+    A token below 0 is not known on the host yet: -1 - r stands for the token of row r of the step launched before.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -167,6 +170,7 @@ class StepBatch:
     page_indptr: np.ndarray
     page_indices: np.ndarray
     kv_len: np.ndarray
+    phases: np.ndarray
     rows: np.ndarray
     temperature: np.ndarray
     top_k: np.ndarray
@@ -183,6 +187,7 @@ class StepBatch:
     bias_indptr: np.ndarray
     bias_tokens: np.ndarray
     bias_values: np.ndarray
+    alternatives: np.ndarray
 
     def step_inputs(self) -> tuple[np.ndarray, ...]:
         """In the order of STEP_INPUTS."""
@@ -195,7 +200,11 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """token_ids: int32[r]; logprobs: float32[r]; top_ids: int32[r, L]; top_logprobs: float32[r, L], best first."""
+    """token_ids: int32[r]; logprobs: float32[r]; top_ids: int32[r, L]; top_logprobs: float32[r, L], best first.
+
+    A row's alternatives hold as many as the batch asked for; what follows them is unspecified. The arrays may be reused
+    once the second step after this one is launched.
+    """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -204,20 +213,43 @@ class StepResult:
 
 
 class Executor(Protocol):
-    """The compiled step on its device. All calls come from one thread.
+    """The compiled step on its device, which does what it is told in order. All calls come from one thread.
 
-    A step may want no rows (rows int32[0]) where every sequence is within its prompt. The engine keeps launching a
-    step (which moves the sequences' computed lengths on) apart from processing its result (which appends tokens), so
-    that `step` can become submit and collect for a device that runs ahead.
+    A step may want no rows (rows int32[0]) where every sequence is within its prompt.
     """
 
     @property
     def limits(self) -> DeviceLimits: ...
 
-    def step(self, batch: StepBatch) -> StepResult: ...
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the result of the last one is collected, and name its tokens."""
+
+    @property
+    def swap(self) -> "Swap | None":
+        """Where pages of preempted sequences go. None: their tokens are computed again, in chunks of any kind."""
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Starts the step. Returns what `collect` takes; at most one step is launched and not collected before it."""
+
+    def collect(self, pending: Any) -> StepResult:
+        """Waits for the step. In the order of launches."""
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copies page `src` to page `dst`, in every layer, before the next step. No page is both src and dst."""
+
+
+class Swap(Protocol):
+    """Memory beside the device's for the pages of preempted sequences. In order with the executor's steps."""
+
+    def out(self, pages: Sequence[int]) -> Any:
+        """Moves pages out. Returns a handle; None where there is no room for them."""
+
+    def back(self, handle: Any, pages: Sequence[int]) -> None:
+        """Moves them back, into as many other pages, and forgets the handle."""
+
+    def drop(self, handle: Any) -> None:
+        """Forgets what was moved out."""
 
 
 class Costs(Protocol):

@@ -37,6 +37,15 @@ class FakeModel:
         )
         self.tokenizer = FakeTokenizer()
 
+    runs_ahead = False
+    swap = None
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        return self.step(batch)
+
+    def collect(self, pending: StepResult) -> StepResult:
+        return pending
+
     def step(self, batch: StepBatch) -> StepResult:
         said = batch.tokens[batch.rows]
         letters = (said >= ord("a")) & (said < ord("z"))
@@ -44,6 +53,8 @@ class FakeModel:
         rows = len(ids)
         top_ids = np.stack([ids, (ids + 1) % VOCAB, (ids + 2) % VOCAB], axis=1).astype(np.int32)
         top_logprobs = np.tile(np.array([-0.5, -1.5, -np.inf], np.float32), (rows, 1))
+        unwanted = np.arange(TOP) >= batch.alternatives[:, None]
+        top_ids[unwanted], top_logprobs[unwanted] = -1, np.nan
         return StepResult(ids, np.full(rows, -0.5, np.float32), top_ids, top_logprobs)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:

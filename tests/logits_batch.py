@@ -14,7 +14,7 @@ class LogitsBatch:
 
     def __init__(self, model: tilewright.Model, num_pages: int = 64) -> None:
         self.model = model
-        self.array, self.pages = model._make_pages(num_pages)
+        self.array, self.pages = model.executor.make_pages(num_pages)
         self.array[...] = np.nan
         self.free = np.random.default_rng().permutation(num_pages).tolist()
         self.tables: dict[int, list[int]] = {}
@@ -45,8 +45,10 @@ class LogitsBatch:
             "page_indptr": page_indptr,
             "page_indices": page_indices,
             "kv_len": kv_len,
+            "phases": [0] * len(kv_len),
             "rows": range(len(tokens)),
         }
-        inputs = [self.model._ffi.from_dlpack(aligned_copy(np.array(arrays[n], np.int32))) for n in STEP_INPUTS]
-        logits = np.from_dlpack(self.model._vm["logits"](*inputs, self.pages, self.model._weights)).copy()
+        executor = self.model.executor
+        inputs = [executor.ffi.from_dlpack(aligned_copy(np.array(arrays[n], np.int32))) for n in STEP_INPUTS]
+        logits = np.from_dlpack(executor.vm["logits"](*inputs, self.pages, executor.weights)).copy()
         return {name: logits[a:b] for name, a, b in zip(request, indptr, indptr[1:], strict=False)}

@@ -23,7 +23,7 @@ ALLOWED = {
         "compiler.composites",
         "compiler.env",
         "compiler.errors",
-        "compiler.targets.host",
+        "compiler.targets",
         "compiler.without_torch",
     ),
     "tilewright": ("",),

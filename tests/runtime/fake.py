@@ -3,12 +3,17 @@
 It really keeps every token and position in page slots and reads them back through page_indices, so a wrong page table,
 slot, length or copy changes tokens or trips a check. Draws depend on all that the sampler's arrays say. `expected`
 computes the same answer for one sample straight from its tokens, without engine, pages or batches.
+
+With `runs_ahead` it takes steps whose tokens the last one drew; with `host_pages` it has a swap of so many pages, and
+insists that a prompt's tokens are computed as a prompt's and generated ones one by one, also when computed again.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -22,6 +27,7 @@ from tilewright.runtime.types import (
     Completion,
     DeviceLimits,
     EngineLimits,
+    Executor,
     SamplingParams,
     StepBatch,
     StepResult,
@@ -60,30 +66,64 @@ class FakeModel:
     costs: LinearCosts = field(default_factory=LinearCosts)
     load_s: float = 0.5
     steps: list[tuple[int, int]] = field(default_factory=list)  # tokens, sequences
+    runs_ahead: bool = False
+    host_pages: int | None = None
 
     def __post_init__(self) -> None:
         slots = self.limits.num_pages * self.limits.page_size
         self._tokens = np.full(slots, -1, np.int64)
         self._positions = np.full(slots, -1, np.int64)
+        self._phases = np.full(slots, -1, np.int64)
+        self._pending: deque[StepResult] = deque()
+        self._last = np.empty(0, np.int32)
+        self.swap = None if self.host_pages is None else FakeSwap(self, self.host_pages)
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        assert len(self._pending) <= self.runs_ahead, "too many steps are in flight"
+        unknown = batch.tokens < 0
+        assert self._pending or not unknown.any(), "a token of no step in flight is asked for"
+        tokens = batch.tokens.copy()
+        tokens[unknown] = self._last[-1 - tokens[unknown]]
+        result = self.step(replace(batch, tokens=tokens))
+        self._last = result.token_ids.copy()
+        self._pending.append(result)
+        return result
+
+    def collect(self, pending: StepResult) -> StepResult:
+        assert self._pending.popleft() is pending, "steps are collected out of order"
+        return pending
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         sources, targets = {s for s, _ in pairs}, [t for _, t in pairs]
         assert not sources & set(targets) and len(set(targets)) == len(targets), "copies depend on their order"
         for source, target in pairs:
-            for store in (self._tokens, self._positions):
+            for store in self.stores:
                 store[self._slots(target)] = store[self._slots(source)]
+
+    @property
+    def stores(self) -> tuple[np.ndarray, ...]:
+        return self._tokens, self._positions, self._phases
 
     def step(self, batch: StepBatch) -> StepResult:
         check_batch(batch, self.limits)
         self._tokens[batch.slots] = batch.tokens
         self._positions[batch.slots] = batch.positions
+        self._phases[batch.slots] = np.repeat(batch.phases, np.diff(batch.indptr))
         contexts = [self._read(batch, i) for i in range(len(batch.kv_len))]
         owner = np.searchsorted(batch.indptr, batch.rows, side="right") - 1
         drawn = [draw_row(contexts[i][: batch.positions[row] + 1], batch, r, self.limits.vocab_size)
                  for r, (i, row) in enumerate(zip(owner, batch.rows, strict=True))]  # fmt: skip
+        for r, i in enumerate(owner if self.swap else ()):
+            self._check_phases(batch, i, int(batch.draws[r]))
         self.steps.append((len(batch.tokens), len(batch.kv_len)))
         self.clock.now_s += self.costs.step_s(len(batch.tokens), len(batch.kv_len), int(batch.kv_len.sum()))
-        return result_of(drawn, self.limits)
+        return result_of(drawn, batch.alternatives, self.limits)
+
+    def _check_phases(self, batch: StepBatch, i: int, draws: int) -> None:
+        pages = batch.page_indices[batch.page_indptr[i] : batch.page_indptr[i + 1]]
+        phases = np.concatenate([self._phases[self._slots(page)] for page in pages])[: batch.kv_len[i]]
+        prompt = len(phases) - draws
+        assert not phases[:prompt].any() and phases[prompt:].all(), "a token was computed as what it is not"
 
     def _slots(self, page: int) -> slice:
         return slice(page * self.limits.page_size, (page + 1) * self.limits.page_size)
@@ -99,6 +139,30 @@ class FakeModel:
         new = slice(batch.indptr[i], batch.indptr[i + 1])
         assert (tokens[length - (new.stop - new.start) :] == batch.tokens[new]).all(), "new tokens are not in the cache"
         return tokens
+
+
+class FakeSwap:
+    def __init__(self, model: FakeModel, room: int) -> None:
+        self._model, self.room = model, room
+        self._handles = count()
+        self.held: dict[int, list[list[np.ndarray]]] = {}
+
+    def out(self, pages: Sequence[int]) -> int | None:
+        if len(pages) > self.room:
+            return None
+        self.room -= len(pages)
+        handle = next(self._handles)
+        self.held[handle] = [[s[self._model._slots(p)].copy() for s in self._model.stores] for p in pages]
+        return handle
+
+    def back(self, handle: int, pages: Sequence[int]) -> None:
+        for page, saved in zip(pages, self.held[handle], strict=True):
+            for store, values in zip(self._model.stores, saved, strict=True):
+                store[self._model._slots(page)] = values
+        self.drop(handle)
+
+    def drop(self, handle: int) -> None:
+        self.room += len(self.held.pop(handle))
 
 
 def check_batch(batch: StepBatch, limits: DeviceLimits) -> None:
@@ -120,6 +184,8 @@ def check_batch(batch: StepBatch, limits: DeviceLimits) -> None:
     for i, (begin, end) in enumerate(pairwise(batch.indptr)):
         new = np.arange(batch.kv_len[i] - (end - begin), batch.kv_len[i])
         assert (batch.positions[begin:end] == new).all(), "positions do not end at kv_len"
+    assert (batch.tokens >= 0).all() and (batch.tokens < limits.vocab_size).all(), "a token is outside the vocabulary"
+    assert np.isin(batch.phases, (0, 1)).all()
     assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens are written to one slot"
     assert (batch.slots >= 0).all() and (batch.slots < limits.num_pages * limits.page_size).all()
 
@@ -159,10 +225,13 @@ def draw(context: list[int], settings: list[float], seed: int, draws: int, bias:
     return token
 
 
-def result_of(tokens: list[int], limits: DeviceLimits) -> StepResult:
+def result_of(tokens: list[int], alternatives: np.ndarray, limits: DeviceLimits) -> StepResult:
     ids = np.array(tokens, np.int32)
     top = (ids[:, None] + np.arange(limits.top_logprobs, dtype=np.int32)) % limits.vocab_size
-    return StepResult(ids, -ids.astype(np.float32), top.astype(np.int32), -top.astype(np.float32))
+    top_logprobs = -top.astype(np.float32)
+    unwanted = np.arange(limits.top_logprobs) >= alternatives[:, None]
+    top[unwanted], top_logprobs[unwanted] = -1, np.nan
+    return StepResult(ids, -ids.astype(np.float32), top.astype(np.int32), top_logprobs)
 
 
 def expected(
@@ -193,11 +262,12 @@ class Bench:
 
     def __init__(
         self, device: DeviceLimits = LIMITS, limits: EngineLimits | None = None, policy: Policy | None = None,
-        tokenizer: TextCodec | None = None,
+        tokenizer: TextCodec | None = None, runs_ahead: bool = False, host_pages: int | None = None,
+        executor: Executor | None = None,
     ) -> None:  # fmt: skip
-        self.model = FakeModel(device, tokenizer)
+        self.model = FakeModel(device, tokenizer, runs_ahead=runs_ahead, host_pages=host_pages)
         budget, capacity = resolve_limits(limits or EngineLimits(), device)
-        self.core = EngineCore(self.model, budget, policy or FCFS(), self.model.costs, self.model.clock)
+        self.core = EngineCore(executor or self.model, budget, policy or FCFS(), self.model.costs, self.model.clock)
         self.intake = Intake(device, budget, capacity, tokenizer, self.model.load_s, entropy=lambda: 0)
         self.events: list[tuple[Request, StreamEvent]] = []
 
@@ -216,6 +286,7 @@ class Bench:
         assert not self.core.busy, "the engine does not come to rest"
         self.core.check_invariants()
         assert self.core.pool.free == self.model.limits.num_pages, "pages are leaked"
+        assert not self.model.swap or self.model.swap.room == self.model.host_pages, "pages are leaked on the host"
 
     def complete(self, prompt: Prompt, params: SamplingParams) -> list[Completion]:
         request = self.submit(prompt, params)

@@ -47,7 +47,8 @@ def check(request: Request, limits: DeviceLimits) -> None:
         wanted = request.params.logprobs
         assert (completion.logprobs is None) == (wanted is None)
         for token, logprob in zip(said, completion.logprobs or (), strict=wanted is not None):
-            assert (logprob.token_id, logprob.logprob, len(logprob.top)) == (token, -token, wanted)
+            top = tuple(((token + i) % limits.vocab_size, -(token + i) % -limits.vocab_size) for i in range(wanted))
+            assert (logprob.token_id, logprob.logprob, logprob.top) == (token, -token, top)
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -58,10 +59,15 @@ class CoreMachine(RuleBasedStateMachine):
         batch=st.integers(3, 8),
         tokens=st.integers(8, 40),
         chunk=st.sampled_from([1, 2, 7, None]),
+        runs_ahead=st.booleans(),
+        host_pages=st.sampled_from([None, 0, 3, 8, 100]),
     )
-    def boot(self, pages: int, batch: int, tokens: int, chunk: int | None) -> None:
+    def boot(
+        self, pages: int, batch: int, tokens: int, chunk: int | None, runs_ahead: bool, host_pages: int | None
+    ) -> None:
         self.limits = device(num_pages=pages, max_batch=batch, max_tokens=tokens)
-        self.bench = Bench(self.limits, EngineLimits(max_chunk=chunk))
+        self.bench = Bench(self.limits, EngineLimits(max_chunk=chunk), runs_ahead=runs_ahead, host_pages=host_pages)
+        self.slack = 1 + runs_ahead
         self.requests: list[Request] = []
         self.work = 0
 
@@ -84,11 +90,12 @@ class CoreMachine(RuleBasedStateMachine):
         core = self.bench.core
         for _ in range(turns):
             senior = self.most_senior()
-            before = (senior.length, senior.computed) if senior else (0, 0)
-            core.turn()
-            core.check_invariants()
+            before = (senior.known, senior.computed) if senior else (0, 0)
+            for _ in range(self.slack):  # a turn may do no more than process the step in flight
+                core.turn()
+                core.check_invariants()
             if senior and not senior.output.completion:
-                assert (senior.length, senior.computed) > before, "the oldest sample did not move on"
+                assert (senior.known, senior.computed) > before, "the oldest sample did not move on"
 
     def most_senior(self) -> Sample | None:
         """Of the samples that have not ended; the parts of a request count from its first draw on."""
@@ -106,7 +113,9 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
             return
-        self.bench.run(most=self.work + 1)
+        # Each step moves somebody on; computing again and turns without a step come on top.
+        again = 1 if self.bench.model.host_pages is None else 1 + self.work
+        self.bench.run(most=self.slack * (self.work + 1) * again)
         for request in self.requests:
             check(request, self.limits)
         reasons = [e.completion.finish_reason for _, e in self.bench.events if e.completion]
@@ -117,11 +126,15 @@ TestCore = CoreMachine.TestCase
 TestCore.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+@pytest.mark.parametrize("host_pages", [None, 0, 6, 100], ids="host{}".format)
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["in_step", "ahead"])
+@pytest.mark.parametrize("chunk", [1, 7, None])
 @pytest.mark.parametrize("pages", [8, 20, 64], ids="pages{}".format)
-def test_chunks_and_preemption_change_nothing(chunk: int | None, pages: int) -> None:
+def test_chunks_and_preemption_change_nothing(
+    chunk: int | None, pages: int, runs_ahead: bool, host_pages: int | None
+) -> None:
     limits = device(num_pages=pages)
-    bench = Bench(limits, EngineLimits(max_chunk=chunk))
+    bench = Bench(limits, EngineLimits(max_chunk=chunk), runs_ahead=runs_ahead, host_pages=host_pages)
     requests = [
         bench.submit(
             [(7 * i + j) % 50 for j in range(1 + 3 * i % 17)],
@@ -132,7 +145,12 @@ def test_chunks_and_preemption_change_nothing(chunk: int | None, pages: int) -> 
     bench.run()
     for request in requests:
         check(request, limits)
-    assert (bench.core.stats.preemptions > 0) == (pages < 64)
+    stats = bench.core.stats
+    assert (stats.preemptions > 0) == (pages < 64)
+    if host_pages in (None, 100):
+        assert stats.replays == 0
+    if host_pages == 0:
+        assert stats.replays == stats.preemptions
 
 
 @settings(max_examples=25, deadline=None)
@@ -262,3 +280,96 @@ def test_a_policy_that_does_nothing_is_an_error_not_a_hang() -> None:
     bench.submit([1], SamplingParams())
     with pytest.raises(RuntimeError, match="computes nothing with 1"):
         bench.core.turn()
+
+
+# -- a device that runs ahead ------------------------------------------------------------------------------------------
+
+
+class Order:
+    """Notes when steps are launched and collected."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.events: list[str] = []
+        launch, collect = bench.model.launch, bench.model.collect
+        bench.model.launch = lambda batch: (self.events.append("launch"), launch(batch))[1]
+        bench.model.collect = lambda pending: (self.events.append("collect"), collect(pending))[1]
+
+
+def test_a_step_is_launched_before_the_last_one_is_collected() -> None:
+    bench = Bench(runs_ahead=True)
+    order = Order(bench)
+    request = bench.submit([1, 2], SamplingParams(max_tokens=4, seed=0))
+    bench.run()
+    check(request, LIMITS)
+    assert order.events == ["launch", *["launch", "collect"] * 3, "collect"], "the last draw is known to be the last"
+
+
+def test_penalties_wait_for_the_tokens_they_count() -> None:
+    bench = Bench(runs_ahead=True)
+    order = Order(bench)
+    request = bench.submit([1, 2], SamplingParams(max_tokens=3, seed=0, presence_penalty=0.5))
+    bench.run()
+    check(request, LIMITS)
+    assert order.events == ["launch", "collect"] * 3
+
+
+def test_a_row_that_was_one_too_many_is_dropped_and_its_pages_wait() -> None:
+    answer = expected([1, 2, 3], SamplingParams(max_tokens=9, seed=0, temperature=1))
+    bench = Bench(runs_ahead=True)
+    params = SamplingParams(max_tokens=9, seed=0, temperature=1, stop_token_ids=(answer[1],))
+    request = bench.submit([1, 2, 3], params)
+    ends = answer.index(answer[1]) + 1
+    for _ in range(ends + 1):
+        bench.core.turn()
+    assert request.finished and not bench.core.running
+    assert bench.core.pool.free < LIMITS.num_pages and bench.core.busy, "a step still writes to the pages"
+    bench.core.check_invariants()
+    bench.core.turn()
+    assert bench.core.pool.free == LIMITS.num_pages and not bench.core.busy
+    assert bench.core.stats.drawn == ends and bench.core.stats.steps == ends + 1
+    check(request, LIMITS)
+
+
+def test_nothing_is_lost_when_the_device_fails_with_a_step_in_flight() -> None:
+    bench = Bench(device(max_batch=2), runs_ahead=True)
+    requests = [bench.submit([i], SamplingParams(max_tokens=1 + i, seed=0)) for i in range(4)]
+    bench.core.turn()  # the first one's only token is in flight, and it is on no list any more
+
+    def broken(pending: object) -> None:
+        raise MemoryError("the device is gone")
+
+    bench.model.collect = broken
+    with pytest.raises(MemoryError):
+        bench.core.turn()
+    assert [c.finish_reason for r in requests for c in completions(r)] == ["error"] * 4
+    assert not bench.core.busy
+
+
+def test_cancelled_in_flight_and_swapped_out() -> None:
+    bench = Bench(device(num_pages=5, max_context=20), runs_ahead=True, host_pages=20)
+    requests = [bench.submit(list(range(8)), SamplingParams(max_tokens=10, seed=i)) for i in range(3)]
+    while not bench.core.swapped:
+        bench.core.turn()
+    swapped = bench.core.swapped[0].request
+    bench.core.cancel(swapped)
+    bench.core.cancel(requests[0])
+    bench.run()
+    reasons = [completions(r)[0].finish_reason for r in requests]
+    assert reasons.count("cancelled") == 2 and swapped is not requests[0]
+    for request in requests:
+        check(request, bench.model.limits)
+
+
+def test_who_was_swapped_out_comes_back_before_anybody_new_starts() -> None:
+    limits = device(num_pages=5, max_context=20)
+    bench = Bench(limits, host_pages=20)
+    first, second = (bench.submit(list(range(6)), SamplingParams(max_tokens=10, seed=i)) for i in range(2))
+    while not bench.core.swapped:
+        bench.core.turn()
+    later = bench.submit([1], SamplingParams(max_tokens=1, seed=0))
+    bench.run()
+    ended = [request for request, event in bench.events if event.completion]
+    assert ended.index(second) < ended.index(later) or later.started_s >= second.started_s
+    assert bench.core.stats.replays == 0 and bench.core.stats.tokens == 2 * (6 + 9) + 1, "nothing is computed twice"
+    for request in (first, second, later):
+        check(request, limits)

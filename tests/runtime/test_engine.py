@@ -44,8 +44,9 @@ def idle(engine: Engine) -> None:
     assert engine._core.pool.free == LIMITS.num_pages
 
 
-def test_generate_in_order() -> None:
-    with Engine(FakeModel(), EngineLimits(max_queue=2)) as engine:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_step", "ahead"])
+def test_generate_in_order(ahead: bool) -> None:
+    with Engine(FakeModel(runs_ahead=ahead), EngineLimits(max_queue=2)) as engine:
         prompts = [[i, i + 1] for i in range(20)]
         params = [SamplingParams(max_tokens=1 + i % 7, seed=i, n=1 + i % 2) for i in range(20)]
         completions = engine.generate(prompts, params)
