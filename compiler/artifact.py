@@ -47,6 +47,11 @@ _DTYPES = {
 _NUMPY = {v: k for k, v in _DTYPES.items() if k != "bfloat16"} | {"BF16": "uint16"}
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """numpy's dtype for the bits of a param's; bfloat16, which it lacks, travels as uint16."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
 @dataclass(frozen=True)
 class Param:
     """One weight as the step takes it, and where it came from.
@@ -65,7 +70,7 @@ class Param:
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return int(np.prod(self.shape)) * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -190,9 +195,9 @@ class Artifact:
         return sum(int(f["bytes"]) for f in self.manifest.files.values())
 
     def map_params(self) -> list[np.ndarray]:
-        """The weights in the step's order, mapped copy-on-write, each 64-byte aligned."""
+        """The weights in the step's order, mapped copy-on-write, each 64-byte aligned; bfloat16 as uint16."""
         tensors = read_tensors(self.path / PARAMS)
-        return [tensors[p.name].view(p.dtype).reshape(p.shape) for p in self.manifest.params]
+        return [tensors[p.name].view(numpy_dtype(p.dtype)).reshape(p.shape) for p in self.manifest.params]
 
 
 def sha256(file: Path) -> str:
@@ -316,8 +321,8 @@ class TensorWriter:
         return self._params
 
     def write(self, param: Param, array: np.ndarray) -> None:
-        """`array` has the param's shape and dtype; params come in `order`."""
-        if array.shape != param.shape or array.dtype != np.dtype(param.dtype):
+        """`array` has the param's shape and dtype (bfloat16: its bits); params come in `order`."""
+        if array.shape != param.shape or array.dtype != numpy_dtype(param.dtype):
             raise ValueError(f"{param.name}: {array.dtype}{array.shape} is not {param.dtype}{param.shape}")
         self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 

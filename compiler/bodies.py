@@ -23,6 +23,7 @@ from tilewright.compiler.composites import (
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.relax_utils import Emit, Expr
 
+FLOAT32 = "float32"
 MASKED = -1e30  # exp of it is 0, and it stays finite in sums
 GELU_TANH = (0.7978845608028654, 0.044715)  # sqrt(2 / pi), and the cubic term. Hendrycks and Gimpel 2016
 
@@ -56,8 +57,18 @@ def _function(name: str, spec: Any, rank: int) -> relax.Function:
     return builder.get()[name]
 
 
-def _tensor(name: str, *extents: Any, dtype: str = "float32") -> Any:
+def _tensor(name: str, *extents: Any, dtype: str = FLOAT32) -> Any:
     return relax.Var(name, relax.TensorType(extents, dtype))
+
+
+def cast(emit: Emit, x: Expr, dtype: str) -> Expr:
+    """x in another dtype; itself where it has that one."""
+    return x if str(x.ty.dtype) == dtype else emit(op.astype(x, dtype))
+
+
+def in_float32(emit: Emit, spec: Any, body: Callable[..., Expr]) -> Callable[..., Expr]:
+    """`body`, computed in float32 on arguments and with a result of the spec's dtype."""
+    return lambda *args: cast(emit, body(*(cast(emit, a, FLOAT32) for a in args)), spec.dtype)
 
 
 def _n() -> Any:
@@ -148,12 +159,13 @@ def _rope(spec: RopeSpec, rank: int) -> Body:
 
 def _rms_norm(spec: NormSpec, rank: int) -> Body:
     extents = [tirx.Var(name, "int64") for name in ("n", "h")[: rank - 1]]
-    params = [_tensor("x", *extents, spec.features), _tensor("weight", spec.features)]
-    return params, lambda emit, x, weight: rms_norm(emit, spec, x, weight)
+    params = [_tensor("x", *extents, spec.features, dtype=spec.dtype), _tensor("weight", spec.features)]
+    return params, lambda emit, *args: in_float32(emit, spec, lambda x, w: rms_norm(emit, spec, x, w))(*args)
 
 
 def _gated(spec: GatedSpec, rank: int) -> Body:
-    return [_tensor("x", _n(), 2 * spec.features)], lambda emit, x: gated(emit, spec, x)
+    x = _tensor("x", _n(), 2 * spec.features, dtype=spec.dtype)
+    return [x], lambda emit, x: in_float32(emit, spec, lambda y: gated(emit, spec, y))(x)
 
 
 def _linear(spec: LinearSpec, rank: int) -> Body:

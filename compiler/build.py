@@ -12,19 +12,15 @@ from tilewright.compiler.checkpoint import BLOCK_FORMATS, DENSE_FORMATS, Checkpo
 from tilewright.compiler.describe import describe, split_kernels, step_params
 from tilewright.compiler.dump import Dump
 from tilewright.compiler.errors import CompileError
-from tilewright.compiler.options import (
-    DECODE_BUCKETS,
-    DEFAULT_MAX_BATCH,
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_PAGE_SIZE,
-    TOP_LOGPROBS,
-    Options,
-)
+from tilewright.compiler.options import DEFAULT_PAGE_SIZE, TOP_LOGPROBS, Options
 from tilewright.compiler.progress import Progress
 from tilewright.compiler.targets import resolve_target
 from tilewright.compiler.without_torch import without_torch
 
 Report = Callable[[Progress], None]
+
+# Weight formats that matrix units read, and the dtype of the activations that go with them.
+_ROWS = {"bf16_rows": "bfloat16", "f16_rows": "float16"}
 
 
 def compile(
@@ -34,8 +30,8 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     weights: str = "auto",
     quant: str = "auto",
-    max_batch: int = DEFAULT_MAX_BATCH,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_batch: int | None = None,
+    max_tokens: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     dump: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
@@ -45,13 +41,14 @@ def compile(
     model: an alias, a Hugging Face directory, a .gguf file or a hub id. target: see `tilewright doctor`.
     output: by default NAME.tw here. weights: "auto" or "random:SEED".
     quant: "auto" keeps what the model is stored in, "none" computes in float, or a weight format for all matrices.
-    max_batch: sequences a step; max_tokens: tokens a step; page_size: tokens a KV page.
+    max_batch: sequences a step; max_tokens: tokens a step, by default what suits the kind of target.
+    page_size: tokens a KV page.
     dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
     """
-    options = Options(
-        resolve_target(target), weights, quant, max_batch, max_tokens, page_size, Path(dump) if dump else None
-    )
-    _check_quant(quant)
+    here = resolve_target(target)
+    batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
+    options = Options(here, weights, quant, batch, tokens, page_size, Path(dump) if dump else None)
+    _check_quant(options)
     report = progress or (lambda _: None)
     checkpoint = _read(model, options, report)
     path = Path(output) if output else Path(f"{Path(checkpoint.name).name}.tw")  # a hub id is org/name
@@ -69,12 +66,27 @@ def _read(model: str | os.PathLike[str], options: Options, report: Report) -> Ch
     checkpoint = load_checkpoint(os.fspath(model), progress=report, weights=options.weights == "auto")
     if options.weights == "auto":
         return checkpoint
-    return random_checkpoint(checkpoint, int(options.weights.removeprefix("random:")))
+    return random_checkpoint(checkpoint, options.seed)
 
 
-def _check_quant(quant: str) -> None:
+def _given(name: str, size: int | None) -> int:
+    """A size as Options takes it: 0 for the default, which nobody may ask for by number."""
+    if size == 0:
+        raise CompileError(f"--{name.replace('_', '-')} is 0; give a number from 1 to 65536")
+    return size or 0
+
+
+def _check_quant(options: Options) -> None:
     from tilewright.models.quant import FORMATS
 
+    quant = options.quant
+    if options.target.kind == "cuda":
+        if quant not in ("auto", "none", *_ROWS):
+            raise CompileError(
+                f"--quant is {quant!r}, and kernels for {options.target.name} take dense weights only; "
+                f"use auto, none or one of {', '.join(_ROWS)}"
+            )
+        return
     if quant not in ("auto", "none", *FORMATS):
         raise CompileError(f"--quant is {quant!r}; use auto, none or one of {', '.join(FORMATS)}")
 
@@ -86,7 +98,7 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
 
-    formats = weight_formats(checkpoint, options.quant)
+    formats = weight_formats(checkpoint, options)
     scheduled = lower(checkpoint, formats, options, report)
     program, kernels = split_kernels(scheduled)
     params = step_params(scheduled)
@@ -104,26 +116,39 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     executable, workspace = build_program(program, options.target)
     link(executable, objects.values(), root / sealed.LIBRARY)
     report(Progress("link", 1, 1))
-    _write_weights(root, checkpoint, params, report)
+    if not fills_on_device(options):
+        _write_weights(root, checkpoint, params, report)
     _write_tokenizer(root, checkpoint)
     return describe(root, checkpoint, options, scheduled, params, workspace)
 
 
-def weight_formats(checkpoint: Checkpoint, quant: str) -> dict[str, str]:
+def weight_formats(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
     """Weight format of every matrix of the checkpoint, by tensor name."""
     from tilewright.models.quant.convert import kernel_format, requested_format
 
-    formats = {}
+    quant, formats = options.quant, {}
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) != 2:
             continue
-        if quant == "auto":
+        if options.target.kind == "cuda":
+            formats[name] = quant if quant in _ROWS else "bf16_rows"
+        elif quant == "auto":
             formats[name] = kernel_format([tensor.format], tensor.shape[1])
         elif quant == "none":
             formats[name] = tensor.format if tensor.format in DENSE_FORMATS else "f32"
         else:
             formats[name] = requested_format(quant, tensor.shape[1])
     return formats
+
+
+def activations(options: Options) -> str:
+    """dtype of what kernels hand on: on a GPU that of the weights, which its matrix units multiply it with."""
+    return _ROWS.get(options.quant, options.defaults.activations)
+
+
+def kv_dtype(options: Options) -> str:
+    """dtype of the pages."""
+    return _ROWS.get(options.quant, options.defaults.kv_dtype)
 
 
 def narrow_activations(config: ModelConfig, formats: Mapping[str, str]) -> tuple[str, ...]:
@@ -140,6 +165,8 @@ def narrow_activations(config: ModelConfig, formats: Mapping[str, str]) -> tuple
 
 def lower(checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, report: Report) -> Any:
     """The scheduled module: the model, then every pass, verified stage by stage."""
+    from tilewright.compiler.feed import add_feed
+    from tilewright.compiler.random_fill import add_fill
     from tilewright.compiler.verify import verify
     from tilewright.models.registry import build_model
     from tilewright.passes.pipeline import PipelineOptions, pipeline
@@ -150,8 +177,11 @@ def lower(checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, 
             formats=tuple(sorted(formats.items())),
             narrow=narrow_activations(checkpoint.config, formats),
             page_size=options.page_size,
-            k_transposed=options.target.kind == "cpu",
-            decode_buckets=DECODE_BUCKETS,
+            k_transposed=options.defaults.k_transposed,
+            activations=activations(options),
+            kv_dtype=kv_dtype(options),
+            decode_buckets=options.decode_buckets,
+            mixed_buckets=options.mixed_buckets,
             max_tokens=options.max_tokens,
             max_batch=options.max_batch,
             top_logprobs=TOP_LOGPROBS,
@@ -172,7 +202,14 @@ def lower(checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, 
             done += 1
         verify(mod, stage)
     report(Progress("passes", total, total))
-    return mod
+    if options.target.kind == "cuda":
+        mod = add_feed(mod)
+    return add_fill(mod, options.seed) if fills_on_device(options) else mod
+
+
+def fills_on_device(options: Options) -> bool:
+    """Whether random weights are made where they are used, and none are stored."""
+    return options.target.kind == "cuda" and options.weights != "auto"
 
 
 def _write_weights(root: Path, checkpoint: Checkpoint, params: tuple[Param, ...], report: Report) -> None:
@@ -189,7 +226,8 @@ def _write_weights(root: Path, checkpoint: Checkpoint, params: tuple[Param, ...]
         if param.columns is None:
             writer.write(param, np.concatenate([t.read() for t in tensors]).astype(param.dtype))
         else:
-            writer.write(param, pack_tensors(tensors, param.format).reshape(param.shape))
+            packed = pack_tensors(tensors, param.format).reshape(param.shape)
+            writer.write(param, packed.view(sealed.numpy_dtype(param.dtype)))
     writer.close()
     report(Progress("weights", len(params), len(params)))
 

@@ -17,7 +17,7 @@ checked against. Shapes are written with n or t (tokens), H (query heads), G (KV
 | linear | x[n,K] weight[N,K] (bias[N]) | [n,N] | fused, served |
 | embedding | table[V,K] tokens[n] | [n,K] | fused, served |
 | kv_append | pages k[t,G,D] v[t,G,D] slots[t] layer | pages | served |
-| paged_attention | q[t,H,D] pages, positions to kv_len of `STEP_INPUTS` but slots, layer | [t,H,D] | served |
+| paged_attention | q[t,H,D] pages, positions to phases of `STEP_INPUTS` but slots, layer | [t,H,D] | served |
 | qkv_append | qkv[t,(H+2G)D] cos sin (q_norm[D] k_norm[D]) pages slots layer | (q[t,H,D], pages) | served |
 | sample | logits[r,V] and `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
 """
@@ -52,10 +52,11 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """x * rsqrt(mean(x^2, -1) + eps) * weight. Zhang and Sennrich 2019."""
+    """x * rsqrt(mean(x^2, -1) + eps) * weight. Zhang and Sennrich 2019. The weight is float32 whatever `dtype` says."""
 
     features: int
     eps: float
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,20 @@ class GatedSpec:
 
     features: int
     activation: str  # "silu" | "gelu_tanh"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """y = prologue(x) @ weight.T (+ bias) (+ residual).
+    """y = prologue(x) @ weight.T (+ bias), gated if `gate`, (+ residual).
 
     `weight_format` names the layout of the weight parameter: a dtype ("f32", "f16", "bf16") or a block format ("q4_0",
     "q4_1", "q8_0"). Up to quantize_weights it is always "f32" with a plain [N, K] tensor; after it, a packed one
     (models/quant). With a prologue x is the prologue's input and the norm's weight follows `weight` in the arguments:
-    x, weight, [norm_weight], [bias], [residual[n,N]].
+    x, weight, [norm_weight], [bias], [residual[n,N]]. `gated` is a gate before the product, `gate` one after it: the
+    result has half of the N columns then, activation(y[:, :N/2]) * y[:, N/2:], and so has the residual.
+
+    x and the residual are of `dtype`, the result of `out_dtype`; norm weight and bias are float32.
 
     `activation_bits`, 8 or 16, is the width of the integers that kernels of block formats round activations to, a block
     of 32 at a time; 16 costs twice the products. Dense formats and the reference bodies take activations as they are.
@@ -87,6 +92,9 @@ class LinearSpec:
     gated: GatedSpec | None = None
     residual: bool = False
     activation_bits: int = 16
+    gate: GatedSpec | None = None
+    dtype: str = "float32"
+    out_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class EmbeddingSpec:
     features: int
     weight_format: str = "f32"
     scale: float = 1.0
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -124,10 +133,15 @@ class AppendSpec:
 
 @dataclass(frozen=True)
 class PagedAttentionSpec:
-    """Ragged attention of t query tokens in b sequences over the pages of each; query i sees keys 0..positions[i]."""
+    """Ragged attention of t query tokens in b sequences over the pages of each; query i sees keys 0..positions[i].
+
+    A kernel may treat prompt tokens and generated ones (`phases`) in different ways, so that neither depends on how a
+    prompt is cut into chunks.
+    """
 
     attention: AttentionSpec
     kv: KVFormat
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,7 @@ class QKVAppendSpec:
     heads: int
     kv: KVFormat
     norm: NormSpec | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,7 @@ SAMPLING_INPUTS: dict[str, tuple[str, str]] = {
     "bias_indptr": ("r+1", "int32"),
     "bias_tokens": ("e", "int32"),
     "bias_values": ("e", "float32"),  # -inf bans a token
+    "alternatives": ("r", "int32"),  # how many of the most likely tokens are wanted; the rest of theirs is unspecified
 }
 
 # The step's inputs before the sampler's: name -> (symbolic shape, dtype). t tokens, b sequences, p page entries.
@@ -175,6 +191,7 @@ STEP_INPUTS: dict[str, tuple[str, str]] = {
     "page_indptr": ("b+1", "int32"),
     "page_indices": ("p", "int32"),  # p >= page_indptr[b]
     "kv_len": ("b", "int32"),  # tokens in the cache of each sequence after this step's append
+    "phases": ("b", "int32"),  # 0: the sequence's tokens are its prompt's, 1: a generated one
     "rows": ("r", "int32"),  # which of the t tokens want logits; a row may be named more than once
 }
 
@@ -191,7 +208,13 @@ SPECS: dict[str, type] = {
     "sample": SampleSpec,
 }
 
-_NESTED: dict[str, type] = {"norm": NormSpec, "gated": GatedSpec, "kv": KVFormat, "attention": AttentionSpec}
+_NESTED: dict[str, type] = {
+    "norm": NormSpec,
+    "gated": GatedSpec,
+    "gate": GatedSpec,
+    "kv": KVFormat,
+    "attention": AttentionSpec,
+}
 
 
 def dump_spec(spec: Any) -> str:

@@ -11,7 +11,7 @@ from tilewright.compiler import artifact as sealed
 from tilewright.compiler.artifact import Manifest, Param
 from tilewright.compiler.checkpoint import Checkpoint
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS, KVFormat
-from tilewright.compiler.options import DECODE_BUCKETS, TOP_LOGPROBS, Options
+from tilewright.compiler.options import TOP_LOGPROBS, Options
 
 
 def split_kernels(mod: Any) -> tuple[Any, dict[str, Any]]:
@@ -62,9 +62,17 @@ def describe(
     target = options.target
     calls = kernel_calls(scheduled)
     kernels = describe_kernels(scheduled, calls)
-    (root / sealed.COSTS).write_text(json.dumps(_costs(kernels), indent=1, sort_keys=True) + "\n")
-    kv = KVFormat(config.layers, config.kv_heads, config.head_dim, options.page_size, k_transposed=target.kind == "cpu")
-    page_bytes = kv.layers * 2 * kv.kv_heads * kv.page_size * kv.head_dim * 4
+    (root / sealed.COSTS).write_text(json.dumps(_costs(kernels, tuple(calls)), indent=1, sort_keys=True) + "\n")
+    pages = next(p for p in scheduled["step"].params if p.name == "pages")
+    kv = KVFormat(
+        config.layers,
+        config.kv_heads,
+        config.head_dim,
+        options.page_size,
+        dtype=str(pages.ty.dtype),
+        k_transposed=options.defaults.k_transposed,
+    )
+    page_bytes = kv.layers * 2 * kv.kv_heads * kv.page_size * kv.head_dim * sealed.numpy_dtype(kv.dtype).itemsize
     tokenizer = dataclasses.asdict(checkpoint.tokenizer) if checkpoint.tokenizer else {}
     tokenizer.pop("tokenizer_json", None)
     return Manifest(
@@ -82,7 +90,8 @@ def describe(
             "inputs": [*STEP_INPUTS, *SAMPLING_INPUTS],
             "top_logprobs": TOP_LOGPROBS,
             "buckets": [
-                *({"function": f"step_{size}", "tokens": size, "static": True} for size in DECODE_BUCKETS),
+                *({"function": f"step_{size}", "tokens": size, "static": True} for size in options.decode_buckets),
+                *({"function": f"step_t{size}", "tokens": size, "static": False} for size in options.mixed_buckets),
                 {"function": "step", "tokens": options.max_tokens, "static": False},
             ],
         },
@@ -101,7 +110,7 @@ def describe(
             "weights": options.weights,
             "quant": options.quant,
         },
-        warnings=conversions(checkpoint, params),
+        warnings=(*conversions(checkpoint, params), *references(scheduled)),
     )
 
 
@@ -113,6 +122,18 @@ def conversions(checkpoint: Checkpoint, params: tuple[Param, ...]) -> tuple[str,
         f"{count} tensors of {stored} become {made}" if count > 1 else f"1 tensor of {stored} becomes {made}"
         for (stored, made), count in sorted(pairs.items())
         if stored != made
+    )
+
+
+def references(mod: Any) -> tuple[str, ...]:
+    """A line for each kind of composite that runs by its reference body in the general step, for want of a schedule."""
+    from tilewright.compiler.relax_utils import bindings, composite_of
+
+    found = (composite_of(mod, b.value) for b in bindings(mod["step"]))
+    calls = Counter(composite[0] for composite in found if composite is not None)
+    return tuple(
+        f"{count} calls of {name} run slowly, by the reference body: no schedule takes them"
+        for name, count in sorted(calls.items())
     )
 
 
@@ -142,11 +163,12 @@ def describe_kernels(mod: Any, calls: Mapping[str, Counter[str]]) -> list[dict[s
     return described
 
 
-def _costs(kernels: list[dict[str, Any]]) -> dict[str, Any]:
+def _costs(kernels: list[dict[str, Any]], functions: tuple[str, ...]) -> dict[str, Any]:
     """Floor of each function: bytes whatever the batch, bytes a row, operations a row (rows: tokens or wanted rows)."""
-    costs: dict[str, Counter[str]] = {}
+    nothing = {"bytes_fixed": 0, "bytes_per_row": 0, "flops_per_row": 0}
+    costs = {function: Counter(nothing) for function in sorted(functions)}
     for kernel in kernels:
         for function, count in kernel["calls"].items():
             for field, value in (kernel["floor"] or {}).items():
-                costs.setdefault(function, Counter())[field] += value * count
+                costs[function][field] += value * count
     return {function: {"floor": dict(total)} for function, total in costs.items()}

@@ -1,4 +1,4 @@
-"""What a user can choose about a compile."""
+"""What a user can choose about a compile, and what each kind of target takes where nothing was chosen."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,22 +6,44 @@ from pathlib import Path
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 
-DEFAULT_MAX_BATCH = 16
-DEFAULT_MAX_TOKENS = 512
 DEFAULT_PAGE_SIZE = 16
 TOP_LOGPROBS = 20  # alternatives that a step returns, the most a request can ask for
-DECODE_BUCKETS = (1,)  # batch sizes with a step of their own
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a kind of target takes: limits; dtypes between kernels and in pages; steps with sizes of their own.
+
+    decode_buckets: batch sizes with a static step, of which those up to max_batch are compiled. mixed_buckets: bounds
+    on the tokens of symbolic steps.
+    """
+
+    max_batch: int
+    max_tokens: int
+    activations: str
+    kv_dtype: str
+    k_transposed: bool
+    decode_buckets: tuple[int, ...]
+    mixed_buckets: tuple[int, ...]
+
+
+DEFAULTS = {
+    "cpu": Defaults(16, 512, "float32", "float32", True, (1,), ()),
+    "cuda": Defaults(
+        256, 2048, "bfloat16", "bfloat16", False, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256), (64, 256)
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can choose about a compile; sizes in sequences and tokens."""
+    """What a user can choose about a compile; sizes in sequences and tokens, 0 where the target's default is meant."""
 
     target: Target
     weights: str = "auto"  # or random:SEED
     quant: str = "auto"
-    max_batch: int = DEFAULT_MAX_BATCH
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_batch: int = 0
+    max_tokens: int = 0
     page_size: int = DEFAULT_PAGE_SIZE
     dump: Path | None = None
 
@@ -29,6 +51,9 @@ class Options:
         kind, _, seed = self.weights.partition(":")
         if self.weights != "auto" and (kind != "random" or not seed.isdecimal()):
             raise CompileError(f"--weights is {self.weights!r}; use auto or random:SEED, such as random:0")
+        for name in ("max_batch", "max_tokens"):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, getattr(self.defaults, name))
         for name in ("max_batch", "max_tokens", "page_size"):
             value = getattr(self, name)
             if not 1 <= value <= 65536:
@@ -38,3 +63,24 @@ class Options:
                 f"--max-batch {self.max_batch} is more than --max-tokens {self.max_tokens}, but a step holds a token "
                 "of every sequence; raise --max-tokens or lower --max-batch"
             )
+
+    @property
+    def seed(self) -> int:
+        """That of random weights."""
+        return int(self.weights.removeprefix("random:"))
+
+    @property
+    def defaults(self) -> Defaults:
+        return DEFAULTS[self.target.kind]
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Batch sizes with a static step; on a GPU, where a batch is padded to the next one, up to max_batch itself."""
+        sizes = [size for size in self.defaults.decode_buckets if size <= self.max_batch]
+        if self.target.kind == "cuda" and self.max_batch not in sizes:
+            sizes.append(self.max_batch)
+        return tuple(sizes)
+
+    @property
+    def mixed_buckets(self) -> tuple[int, ...]:
+        return tuple(bound for bound in self.defaults.mixed_buckets if bound < self.max_tokens)

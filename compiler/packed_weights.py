@@ -1,9 +1,10 @@
 """Packed weight layouts as the compiler sees them: shape, dtype, and a TIR body that turns one back into float32[N, K].
 
-Rows are padded with zeros to panels of 16; P = ceil(N / 16). Little endian throughout.
+Rows are padded with zeros to panels of 16, but for the formats called rows; P = ceil(N / 16). Little endian throughout.
 
 | format | tensor | inside |
 |---|---|---|
+| bf16_rows, f16_rows | [N, K] of the dtype | the weight as it is, for matrix units that load tiles of rows |
 | f32, f16, bf16 | [P, K, 16] of the dtype (bf16 as uint16) | row n of the weight is lane n % 16 of panel n // 16 |
 | q4_0 | uint8[P, K/32, 288] | 256 bytes of nibbles, 16 float16 scales; w = scale * (q - 8) |
 | q4_1 | uint8[P, K/32, 320] | 256 bytes of nibbles, 16 float16 scales, 16 float16 minima; w = scale * q + minimum |
@@ -21,16 +22,19 @@ from tilewright.compiler.errors import CompileError
 PANEL = 16  # rows side by side
 BLOCK = 32  # values along K that share a scale
 DENSE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
+ROWS = {"bf16_rows": "bfloat16", "f16_rows": "float16"}
 BLOCK_BYTES = {"q4_0": 288, "q4_1": 320, "q8_0": 544}
 
 
-def packed_shape(weight_format: str, rows: int, columns: int) -> tuple[int, int, int]:
+def packed_shape(weight_format: str, rows: int, columns: int) -> tuple[int, ...]:
     """Shape of the packed tensor of a weight [rows, columns]. CompileError for an unknown format or a cut block."""
+    if weight_format in ROWS:
+        return rows, columns
     panels = -(-rows // PANEL)
     if weight_format in DENSE:
         return panels, columns, PANEL
     if weight_format not in BLOCK_BYTES:
-        raise CompileError(f"weight format {weight_format!r} is unknown; use one of {[*DENSE, *BLOCK_BYTES]}")
+        raise CompileError(f"weight format {weight_format!r} is unknown; use one of {[*ROWS, *DENSE, *BLOCK_BYTES]}")
     if columns % BLOCK:
         raise CompileError(
             f"a weight of {columns} columns can't be {weight_format} in blocks of {BLOCK}; use f32, f16 or bf16"
@@ -40,7 +44,7 @@ def packed_shape(weight_format: str, rows: int, columns: int) -> tuple[int, int,
 
 def packed_dtype(weight_format: str) -> str:
     """Element type of the packed tensor."""
-    return DENSE.get(weight_format, "uint8")
+    return ROWS.get(weight_format) or DENSE.get(weight_format, "uint8")
 
 
 def dequantise_kernel(weight_format: str, rows: int, columns: int) -> tirx.PrimFunc:
@@ -61,6 +65,10 @@ def dequantise_kernel(weight_format: str, rows: int, columns: int) -> tirx.PrimF
                 weight[row, column] = value(packed, row, column)
 
     return dequantise
+
+
+def _rows(packed, row, k):
+    return T.Cast("float32", packed[row, k])
 
 
 def _dense(packed, row, k):
@@ -101,4 +109,13 @@ def _float16(packed, row, k, offset: int):
     return T.Cast("float32", T.reinterpret("float16", (high << T.uint16(8)) | low))
 
 
-_VALUES = {"f32": _dense, "f16": _dense, "bf16": _bf16, "q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0}
+_VALUES = {
+    "bf16_rows": _rows,
+    "f16_rows": _rows,
+    "f32": _dense,
+    "f16": _dense,
+    "bf16": _bf16,
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q8_0": _q8_0,
+}

@@ -27,7 +27,10 @@ def _product(word, multiplier: int):
 
 
 def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
-    """logits f32[r,V] and SAMPLING_INPUTS -> ids i32[r], logprobs f32[r], top_ids i32[r,L], top_logprobs f32[r,L]."""
+    """logits f32[r,V] and SAMPLING_INPUTS -> ids i32[r], logprobs f32[r], top_ids i32[r,L], top_logprobs f32[r,L].
+
+    Two more outputs, f32[r,V] each, are scratch: no device gives a kernel room for a vocabulary of its own.
+    """
     vocab, alternatives = spec.vocab, spec.top_logprobs
     m0, m1 = _MULTIPLIERS
 
@@ -49,10 +52,13 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
         bias_indptr_handle: T.handle,
         bias_tokens_handle: T.handle,
         bias_values_handle: T.handle,
+        wanted_handle: T.handle,
         ids_handle: T.handle,
         logprobs_handle: T.handle,
         top_ids_handle: T.handle,
         top_logprobs_handle: T.handle,
+        scores_handle: T.handle,
+        weights_handle: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
         r, c, e = T.int64(), T.int64(), T.int64()
@@ -72,18 +78,26 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
         bias_indptr = T.match_buffer(bias_indptr_handle, (r + 1,), "int32")
         bias_tokens = T.match_buffer(bias_tokens_handle, (e,), "int32")
         bias_values = T.match_buffer(bias_values_handle, (e,), "float32")
+        T.match_buffer(wanted_handle, (r,), "int32")  # all alternatives are made, wanted or not
         ids = T.match_buffer(ids_handle, (r,), "int32")
         logprobs = T.match_buffer(logprobs_handle, (r,), "float32")
         top_ids = T.match_buffer(top_ids_handle, (r, alternatives), "int32")
         top_logprobs = T.match_buffer(top_logprobs_handle, (r, alternatives), "float32")
+        scores = T.match_buffer(scores_handle, (r, vocab), "float32")
+        weights = T.match_buffer(weights_handle, (r, vocab), "float32")
 
         for row in T.serial(r):
             with T.sblock("sample"):
                 i = T.axis.spatial(r, row)
                 T.reads()
-                T.writes(ids[i], logprobs[i], top_ids[i, 0:alternatives], top_logprobs[i, 0:alternatives])
-                scores = T.sblock_alloc_buffer((vocab,), "float32")
-                weights = T.sblock_alloc_buffer((vocab,), "float32")
+                T.writes(
+                    ids[i],
+                    logprobs[i],
+                    top_ids[i, 0:alternatives],
+                    top_logprobs[i, 0:alternatives],
+                    scores[i, 0:vocab],
+                    weights[i, 0:vocab],
+                )
                 peak = T.sblock_alloc_buffer((1,), "float32", scope="local")
                 mass = T.sblock_alloc_buffer((1,), "float32", scope="local")
                 log_total = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -122,30 +136,30 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
 
                 # bias and penalties
                 for v in T.serial(vocab):
-                    scores[v] = logits[i, v]
+                    scores[i, v] = logits[i, v]
                 for j in T.serial(bias_indptr[i], bias_indptr[i + 1]):
-                    scores[bias_tokens[j]] = scores[bias_tokens[j]] + bias_values[j]
+                    scores[i, bias_tokens[j]] = scores[i, bias_tokens[j]] + bias_values[j]
                 for j in T.serial(penalty_indptr[i], penalty_indptr[i + 1]):
-                    if scores[penalty_tokens[j]] > T.float32(0):
-                        scores[penalty_tokens[j]] = scores[penalty_tokens[j]] / repetition[i]
+                    if scores[i, penalty_tokens[j]] > T.float32(0):
+                        scores[i, penalty_tokens[j]] = scores[i, penalty_tokens[j]] / repetition[i]
                     else:
-                        scores[penalty_tokens[j]] = scores[penalty_tokens[j]] * repetition[i]
+                        scores[i, penalty_tokens[j]] = scores[i, penalty_tokens[j]] * repetition[i]
                     if penalty_counts[j] > 0:
-                        scores[penalty_tokens[j]] = scores[penalty_tokens[j]] - presence[i]
-                        scores[penalty_tokens[j]] = scores[penalty_tokens[j]] - frequency[i] * T.Cast(
+                        scores[i, penalty_tokens[j]] = scores[i, penalty_tokens[j]] - presence[i]
+                        scores[i, penalty_tokens[j]] = scores[i, penalty_tokens[j]] - frequency[i] * T.Cast(
                             "float32", penalty_counts[j]
                         )
 
                 best[0] = 0
                 for v in T.serial(vocab):
-                    if scores[v] > scores[best[0]]:
+                    if scores[i, v] > scores[i, best[0]]:
                         best[0] = T.Cast("int32", v)
 
                 if temperature[i] != T.float32(0):
-                    peak[0] = scores[best[0]] / temperature[i]
+                    peak[0] = scores[i, best[0]] / temperature[i]
                     for v in T.serial(vocab):
-                        scores[v] = scores[v] / temperature[i]
-                        weights[v] = T.exp(scores[v] - peak[0])
+                        scores[i, v] = scores[i, v] / temperature[i]
+                        weights[i, v] = T.exp(scores[i, v] - peak[0])
 
                     if top_k[i] > 0 and top_k[i] < vocab:
                         threshold[0] = peak[0]
@@ -154,22 +168,22 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
                             following[0] = T.float32(_LOWEST)
                             kept[0] = 0
                             for v in T.serial(vocab):
-                                if scores[v] >= threshold[0]:
+                                if scores[i, v] >= threshold[0]:
                                     kept[0] = kept[0] + 1
                                 else:
-                                    following[0] = T.max(following[0], scores[v])
+                                    following[0] = T.max(following[0], scores[i, v])
                             if kept[0] < top_k[i]:
                                 if following[0] == T.float32(_LOWEST):
                                     kept[0] = top_k[i]  # only banned tokens are left
                                 else:
                                     threshold[0] = following[0]
                         for v in T.serial(vocab):
-                            if scores[v] < threshold[0]:
-                                weights[v] = T.float32(0)
+                            if scores[i, v] < threshold[0]:
+                                weights[i, v] = T.float32(0)
 
                     mass[0] = T.float32(0)
                     for v in T.serial(vocab):
-                        mass[0] = mass[0] + weights[v]
+                        mass[0] = mass[0] + weights[i, v]
 
                     if top_p[i] < T.float32(1):
                         target[0] = top_p[i] * mass[0]
@@ -179,20 +193,20 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
                             following[0] = T.float32(0)
                             mass[0] = T.float32(0)
                             for v in T.serial(vocab):
-                                if weights[v] >= threshold[0]:
-                                    mass[0] = mass[0] + weights[v]
+                                if weights[i, v] >= threshold[0]:
+                                    mass[0] = mass[0] + weights[i, v]
                                 else:
-                                    following[0] = T.max(following[0], weights[v])
+                                    following[0] = T.max(following[0], weights[i, v])
                             if mass[0] < target[0]:
                                 threshold[0] = following[0]
                         for v in T.serial(vocab):
-                            if weights[v] < threshold[0]:
-                                weights[v] = T.float32(0)
+                            if weights[i, v] < threshold[0]:
+                                weights[i, v] = T.float32(0)
 
                     if min_p[i] > T.float32(0):
                         for v in T.serial(vocab):
-                            if weights[v] < min_p[i]:
-                                weights[v] = T.float32(0)
+                            if weights[i, v] < min_p[i]:
+                                weights[i, v] = T.float32(0)
 
                     # Philox4x32-10
                     counter[0] = T.Cast("uint32", draws[i])
@@ -212,14 +226,14 @@ def sample_kernel(spec: SampleSpec) -> tirx.PrimFunc:
 
                     mass[0] = T.float32(0)
                     for v in T.serial(vocab):
-                        mass[0] = mass[0] + weights[v]
+                        mass[0] = mass[0] + weights[i, v]
                     target[0] = T.Cast("float32", counter[0] >> T.uint32(8)) * T.float32(2.0**-24) * mass[0]
                     mass[0] = T.float32(0)
                     kept[0] = 0  # 1 once the draw has been made
                     for v in T.serial(vocab):
-                        if kept[0] == 0 and weights[v] > T.float32(0):
+                        if kept[0] == 0 and weights[i, v] > T.float32(0):
                             best[0] = T.Cast("int32", v)  # stays the last kept token should rounding use up the mass
-                            mass[0] = mass[0] + weights[v]
+                            mass[0] = mass[0] + weights[i, v]
                             if mass[0] > target[0]:
                                 kept[0] = 1
 

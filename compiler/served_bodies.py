@@ -12,7 +12,7 @@ from tvm import ir, relax, tirx
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
-from tilewright.compiler.bodies import gated, rms_norm, rope
+from tilewright.compiler.bodies import cast, gated, rms_norm, rope
 from tilewright.compiler.composites import (
     SAMPLING_INPUTS,
     STEP_INPUTS,
@@ -31,7 +31,7 @@ from tilewright.compiler.sample_body import sample_kernel
 
 op = relax.op
 
-PAGED_ATTENTION_INPUTS = ("positions", "indptr", "page_indptr", "page_indices", "kv_len")
+PAGED_ATTENTION_INPUTS = ("positions", "indptr", "page_indptr", "page_indices", "kv_len", "phases")
 
 
 def add_served_composite(builder: relax.BlockBuilder, composite: str, spec: Any) -> ir.GlobalVar:
@@ -131,14 +131,20 @@ def _paged_attention(builder: relax.BlockBuilder, spec: PagedAttentionSpec) -> _
     attention = spec.attention
     extents: dict[str, tirx.Var] = {}
     inputs = input_vars(STEP_INPUTS, extents, PAGED_ATTENTION_INPUTS)
-    q = tensor("q", (extents["t"], attention.heads, attention.head_dim))
+    shape = (extents["t"], attention.heads, attention.head_dim)
+    q = tensor("q", shape, spec.dtype)
     params = [q, pages_var(spec.kv), *inputs.values(), _layer_var()]
     kernel = builder.add_func(paged_attention_kernel(spec), "attend_tir")
-    return params, lambda emit: emit(relax.call_tir(kernel, params, out_ty=q.ty))
+
+    def body(emit: Emit) -> Expr:
+        args = [cast(emit, q, "float32"), *params[1:]]
+        return cast(emit, emit(relax.call_tir(kernel, args, out_ty=R.Tensor(shape, "float32"))), spec.dtype)
+
+    return params, body
 
 
 def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
-    """(q, pages, positions, indptr, page_indptr, page_indices, kv_len, layer, out): softmax as it goes, key by key."""
+    """(q, pages, positions, indptr, page_indptr, page_indices, kv_len, phases, layer, out): softmax key by key."""
     attention, kv = spec.attention, spec.kv
     heads, kv_heads, dim, page_size = attention.heads, kv.kv_heads, kv.head_dim, kv.page_size
     group, dtype = heads // kv_heads, kv.dtype
@@ -161,6 +167,7 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
         page_indptr_handle: T.handle,
         page_indices_handle: T.handle,
         kv_len_handle: T.handle,
+        phases_handle: T.handle,
         layer: T.int64,
         out_handle: T.handle,
     ):
@@ -173,6 +180,7 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
         page_indptr = T.match_buffer(page_indptr_handle, (b + 1,), "int32")
         page_indices = T.match_buffer(page_indices_handle, (p,), "int32")
         kv_len = T.match_buffer(kv_len_handle, (b,), "int32")
+        T.match_buffer(phases_handle, (b,), "int32")  # this body treats all tokens alike
         out = T.match_buffer(out_handle, (t, heads, dim), "float32")
         for sequence, head in T.grid(b, heads):
             with T.sblock("attend"):
@@ -228,20 +236,20 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
 def _qkv_append(builder: relax.BlockBuilder, spec: QKVAppendSpec) -> _Body:
     kv, norm, t = spec.kv, spec.norm, tirx.Var("t", "int64")
     heads, kv_heads, dim = spec.heads, kv.kv_heads, kv.head_dim
-    qkv = tensor("qkv", (t, (heads + 2 * kv_heads) * dim))
+    qkv = tensor("qkv", (t, (heads + 2 * kv_heads) * dim), spec.dtype)
     cos, sin = (tensor(name, (t, dim // 2)) for name in ("cos", "sin"))
     norms = [tensor(name, (dim,)) for name in ("q_norm", "k_norm")] if norm else []
     pages, slots, layer = pages_var(kv), tensor("slots", (t,), "int32"), _layer_var()
     kernel = builder.add_func(append_kernel(kv), "append_tir")
 
     def body(emit: Emit) -> Expr:
-        joint = emit(op.reshape(qkv, (t, heads + 2 * kv_heads, dim)))
+        joint = emit(op.reshape(cast(emit, qkv, "float32"), (t, heads + 2 * kv_heads, dim)))
         split = emit(op.split(joint, [heads, heads + kv_heads], axis=1))
         q, k, v = (emit(relax.TupleGetItem(split, i)) for i in range(3))
         if norm:
             q, k = (rms_norm(emit, norm, x, w) for x, w in zip((q, k), norms, strict=True))
         q, k = (rope(emit, x, cos, sin) for x in (q, k))
-        return relax.Tuple([q, _append(emit, kernel, pages, k, v, slots, layer)])
+        return relax.Tuple([cast(emit, q, spec.dtype), _append(emit, kernel, pages, k, v, slots, layer)])
 
     return [qkv, cos, sin, *norms, pages, slots, layer], body
 
@@ -253,23 +261,28 @@ def _qkv_append(builder: relax.BlockBuilder, spec: QKVAppendSpec) -> _Body:
 def _linear(builder: relax.BlockBuilder, spec: LinearSpec) -> _Body:
     n = tirx.Var("n", "int64")
     width = 2 * spec.in_features if spec.gated else spec.in_features
-    x = tensor("x", (n, width))
+    outs = spec.out_features // 2 if spec.gate else spec.out_features
+    x = tensor("x", (n, width), spec.dtype)
     weight = _packed("weight", spec.weight_format, spec.out_features, spec.in_features)
     norm_weight = [tensor("norm_weight", (spec.in_features,))] if spec.norm else []
     bias = [tensor("bias", (spec.out_features,))] if spec.bias else []
-    residual = [tensor("residual", (n, spec.out_features))] if spec.residual else []
+    residual = [tensor("residual", (n, outs), spec.dtype)] if spec.residual else []
     dense = _dequantise(builder, weight, spec.weight_format, spec.out_features, spec.in_features)
 
     def body(emit: Emit) -> Expr:
-        y: Expr = x
+        y: Expr = cast(emit, x, "float32")
         if spec.norm:
             y = rms_norm(emit, spec.norm, y, norm_weight[0])
         if spec.gated:
             y = gated(emit, spec.gated, y)
         y = emit(op.matmul(y, emit(op.permute_dims(dense(emit)))))
-        for addend in (*bias, *residual):
+        for addend in bias:
             y = emit(op.add(y, addend))
-        return y
+        if spec.gate:
+            y = gated(emit, spec.gate, y)
+        for addend in residual:
+            y = emit(op.add(y, cast(emit, addend, "float32")))
+        return cast(emit, y, spec.out_dtype)
 
     return [x, weight, *norm_weight, *bias, *residual], body
 
@@ -281,7 +294,8 @@ def _embedding(builder: relax.BlockBuilder, spec: EmbeddingSpec) -> _Body:
 
     def body(emit: Emit) -> Expr:
         rows = emit(op.take(dense(emit), tokens, axis=0, mode="clip"))
-        return rows if spec.scale == 1.0 else emit(op.multiply(rows, relax.const(spec.scale, "float32")))
+        rows = rows if spec.scale == 1.0 else emit(op.multiply(rows, relax.const(spec.scale, "float32")))
+        return cast(emit, rows, spec.dtype)
 
     return [table, tokens], body
 
@@ -313,7 +327,13 @@ def _sample(builder: relax.BlockBuilder, spec: SampleSpec) -> _Body:
         R.Tensor((r, spec.top_logprobs), "int32"),
         R.Tensor((r, spec.top_logprobs), "float32"),
     ]
-    return params, lambda emit: emit(relax.call_tir(kernel, params, out_ty=outputs))
+    scratch = [R.Tensor((r, spec.vocab), "float32")] * 2
+
+    def body(emit: Emit) -> Expr:
+        results = emit(relax.call_tir(kernel, params, out_ty=[*outputs, *scratch]))
+        return relax.Tuple([emit(relax.TupleGetItem(results, i)) for i in range(len(outputs))])
+
+    return params, body
 
 
 BODIES: dict[str, Callable[[relax.BlockBuilder, Any], _Body]] = {

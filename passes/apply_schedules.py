@@ -42,7 +42,7 @@ class ApplySchedules(Pass):
         for gvar, func in mod.functions.items():
             if isinstance(func, relax.Function) and "tw.composite" not in (func.attrs or {}):
                 functions[gvar] = lowering.lower(func)
-        functions |= lowering.kernels
+        functions |= lowering.references() | lowering.kernels
         return tvm.IRModule(functions, mod.attrs)
 
 
@@ -53,11 +53,14 @@ class _Lowerer:
         self.mod = mod
         self.choose = options.choose
         self.kernels: dict[str, Any] = {}
-        self._chosen: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+        self._chosen: dict[tuple[Any, ...], tuple[Any, list[str]] | None] = {}
+        self._by_body: set[Any] = set()
+        self._shared: dict[tuple[Any, ...], list[Any]] = {}  # results of shared kernels in the function at hand
 
     def lower(self, func: relax.Function) -> relax.Function:
         bounds = {str(k): int(v) for k, v in (func.attrs or {}).get("tir_var_upper_bound", {}).items()}
         outer = self
+        self._shared = {}
         # Here and not in the visitor below: an exception that passes through TVM comes out as another class.
         for binding in bindings(func):
             if self.is_composite(binding.value):
@@ -76,8 +79,8 @@ class _Lowerer:
             return False
         return "tw.composite" in (self.mod[call.op].attrs or {})
 
-    def choice(self, call: ir.Call, bounds: dict[str, int]) -> tuple[Any, list[str]]:
-        """How a composite call is lowered, and its kernels' names. Raises CompileError where no schedule takes it."""
+    def choice(self, call: ir.Call, bounds: dict[str, int]) -> tuple[Any, list[str]] | None:
+        """How a composite call is lowered, and its kernels' names; None: by its body. Raises what `choose` does."""
         attrs = self.mod[call.op].attrs
         composite = str(attrs["tw.composite"])
         rows, *others = self.extents(call)
@@ -93,8 +96,18 @@ class _Lowerer:
         composite = str(self.mod[call.op].attrs["tw.composite"])
         return call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values
 
+    def references(self) -> dict[Any, Any]:
+        """The composites that run by their bodies, and the TIR that bodies call."""
+        if not self._by_body:
+            return {}
+        return {g: f for g, f in self.mod.functions.items() if g in self._by_body or not isinstance(f, relax.Function)}
+
     def emit(self, builder: Any, call: ir.Call, bounds: dict[str, int]) -> Any:
-        lowering, names = self.choice(call, bounds)
+        choice = self.choice(call, bounds)
+        if choice is None:
+            self._by_body.add(call.op)
+            return call
+        lowering, names = choice
         rows = self.extents(call)[0]
         values: dict[str, Any] = {}
 
@@ -102,23 +115,22 @@ class _Lowerer:
             return call.args[ref] if isinstance(ref, int) else values[ref]
 
         for kernel, name in zip(lowering.kernels, names, strict=True):
-            types = [
-                relax.TensorType([rows if d == "m" else d for d in out.shape], out.dtype) for out in kernel.outputs
-            ]
-            result = builder.emit(relax.op.call_dps_packed(name, [value(i) for i in kernel.inputs], out_ty=types))
-            parts = (
-                [result]
-                if len(types) == 1
-                else [builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
-            )
+            inputs = tuple(value(i) for i in kernel.inputs)
+            parts = self._shared.get((name, inputs)) if kernel.shared else None
+            if parts is None:
+                parts = _launch(builder, name, inputs, kernel.outputs, rows)
+            if kernel.shared:
+                self._shared[name, inputs] = parts
             values |= {out.name: part for out, part in zip(kernel.outputs, parts, strict=True)}
         results = [value(r) for r in lowering.results]
         return results[0] if len(results) == 1 else relax.Tuple(results)
 
     def _choose(
         self, composite: str, spec_text: str, m: int | None, m_max: int, inner: tuple[int, ...]
-    ) -> tuple[Any, list[str]]:
+    ) -> tuple[Any, list[str]] | None:
         choice = self.choose(composite, load_spec(composite, spec_text), m, m_max, inner)
+        if choice is None:
+            return None
         kernels = choice.lowering.kernels
         names = []
         for kernel in kernels:
@@ -137,6 +149,13 @@ class _Lowerer:
             names.append(name)
         logger.debug("%s %s -> %s", composite, choice.facts, names)
         return choice.lowering, names
+
+
+def _launch(builder: Any, name: str, inputs: Sequence[Any], outputs: Sequence[Any], rows: Any) -> list[Any]:
+    """Emits a kernel's call; its outputs, where "m" is `rows`."""
+    types = [relax.TensorType([rows if d == "m" else d for d in out.shape], out.dtype) for out in outputs]
+    result = builder.emit(relax.op.call_dps_packed(name, list(inputs), out_ty=types))
+    return [result] if len(types) == 1 else [builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
 
 
 def _content(func: Any) -> str:

@@ -37,19 +37,31 @@ class FuseLinearNeighbours(Pass):
              y = linear(h, w)
     after    y = linear1(u, w)                # spec: gated
 
+    before   y = linear(x, w)                                     with gate_after
+             z = gated(y)
+    after    z = linear1(x, w)                # spec: gate
+
+    gate_after: norms stay alone, and a gate joins the linear before it: for targets whose matrix kernels read x many
+    times but hold every product once.
+
     A norm goes into each of the linears that read it, if nothing else reads it; a gate into the one that does. A linear
     that is read only by an addition takes the other operand, of its own shape, as its residual.
     """
+
+    gate_after: bool = False
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         _, func = main_function(mod)
         scope = Scope(func)
         composites = {b.var: found for b in bindings(func) if (found := composite_of(mod, b.value)) is not None}
         linears = {v: _Linear(s, list(scope.args(v))) for v, (name, s) in composites.items() if name == "linear"}
-        for var, (name, spec) in composites.items():
-            if name in ("rms_norm", "gated"):
-                _take_prologue(scope, linears, var, name, spec)
         ends: dict[Any, Any] = {}  # binding that gets the linear's result -> linear
+        for var, (name, spec) in composites.items():
+            if self.gate_after:
+                if name == "gated":
+                    _take_gate(scope, linears, var, spec, ends)
+            elif name in ("rms_norm", "gated"):
+                _take_prologue(scope, linears, var, name, spec)
         for binding in bindings(func):
             if op_name(binding.value) == "add":
                 _take_residual(scope, linears, binding, ends)
@@ -69,7 +81,7 @@ class _Linear:
 
     @property
     def changed(self) -> bool:
-        return self.spec.norm is not None or self.spec.gated is not None or self.spec.residual
+        return self.spec.residual or any(s is not None for s in (self.spec.norm, self.spec.gated, self.spec.gate))
 
     def rule(self) -> Rule:
         x, weight, *bias = self.args
@@ -96,6 +108,14 @@ def _take_prologue(scope: Scope, linears: dict[Any, _Linear], var: Any, name: st
         linear = linears[reader]
         linear.spec = replace(linear.spec, **{"norm" if name == "rms_norm" else "gated": spec})
         linear.args[0], linear.norm_weight = x, weight
+
+
+def _take_gate(scope: Scope, linears: dict[Any, _Linear], var: Any, spec: Any, ends: dict[Any, Any]) -> None:
+    """Make a gate the end of the linear that it alone reads."""
+    (x,) = scope.args(var)
+    if x in linears and len(scope.users[x]) == 1:
+        linears[x].spec = replace(linears[x].spec, gate=spec)
+        ends[var] = x
 
 
 def _take_residual(scope: Scope, linears: dict[Any, _Linear], add: Any, ends: dict[Any, Any]) -> None:

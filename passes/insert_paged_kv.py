@@ -38,7 +38,7 @@ class InsertPagedKV(Pass):
     after    logits(tokens[t], positions[t], slots[t], indptr[b+1], ..., rows[r], pages, *params):
                  ...
                  pages_1 = kv_append(pages, k, v, slots, layer)            # q[t,H,D] k, v[t,G,D]
-                 o = paged_attention(q, pages_1, positions, indptr, page_indptr, page_indices, kv_len, layer)
+                 o = paged_attention(q, pages_1, positions, indptr, page_indptr, page_indices, kv_len, phases, layer)
                  y = linear(take(o, rows), w)                              # after the last attention: wanted rows only
 
     First it proves that nothing but attention mixes tokens (passes/token_axes.py). What some attention needs is

@@ -16,6 +16,7 @@ from tilewright.passes.fuse_norm import FuseNorm
 from tilewright.passes.fuse_qkv_append import FuseQKVAppend
 from tilewright.passes.fuse_rope import FuseRope
 from tilewright.passes.insert_paged_kv import InsertPagedKV
+from tilewright.passes.lower_precision import LowerPrecision
 from tilewright.passes.lower_sampling import LowerSampling
 from tilewright.passes.plan_buckets import PlanBuckets
 from tilewright.passes.quantize_weights import QuantizeWeights
@@ -23,14 +24,21 @@ from tilewright.passes.quantize_weights import QuantizeWeights
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What the passes are told. `formats`: weight format by checkpoint tensor; `narrow`: those whose
-    activations may be rounded to 8 bits; sizes in tokens and sequences."""
+    """What the passes are told; sizes in tokens and sequences.
+
+    formats: weight format by checkpoint tensor. narrow: those whose activations may be rounded to 8 bits.
+    activations, kv_dtype: dtypes of what the step hands on and of the pages. decode_buckets: batch sizes with a static
+    step; mixed_buckets: bounds on tokens with a symbolic one, besides max_tokens.
+    """
 
     formats: tuple[tuple[str, str], ...]
     narrow: tuple[str, ...]
     page_size: int
     k_transposed: bool
+    activations: str
+    kv_dtype: str
     decode_buckets: tuple[int, ...]
+    mixed_buckets: tuple[int, ...]
     max_tokens: int
     max_batch: int
     top_logprobs: int
@@ -40,6 +48,7 @@ class PipelineOptions:
 def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ...]:
     """(stage that stands afterwards, passes) in order."""
     o = options
+    full = o.activations == "float32"
     return (
         # Find the structure in plain mathematics.
         (
@@ -58,12 +67,18 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
         (
             "served",
             (
-                InsertPagedKV(page_size=o.page_size, k_transposed=o.k_transposed),
+                InsertPagedKV(page_size=o.page_size, kv_dtype=o.kv_dtype, k_transposed=o.k_transposed),
                 QuantizeWeights(formats=o.formats, narrow=o.narrow),
                 FuseQKVAppend(),
-                FuseLinearNeighbours(),
+                FuseLinearNeighbours(gate_after=not full),
+                *(() if full else (LowerPrecision(dtype=o.activations),)),
                 LowerSampling(top_logprobs=o.top_logprobs),
-                PlanBuckets(decode=o.decode_buckets, max_tokens=o.max_tokens, max_batch=o.max_batch),
+                PlanBuckets(
+                    decode=o.decode_buckets,
+                    mixed=o.mixed_buckets,
+                    max_tokens=o.max_tokens,
+                    max_batch=o.max_batch,
+                ),
             ),
         ),
         # Operators become kernels of the target.

@@ -17,6 +17,10 @@ class PlanBuckets(Pass):
     before   step(tokens[t], ..., kv_len[b], rows[r], ...)
     after    step(tokens[t], ...)        tir_var_upper_bound = {t: max_tokens, b: max_batch, r: max_batch}
              step_1(tokens[1], ..., kv_len[1], rows[1], ...)      one token of one sequence, static
+             step_t64(tokens[t], ...)               tir_var_upper_bound = {t: 64, b: 64, r: 64}
+
+    decode: sizes with a static step; mixed: bounds on the tokens of further symbolic steps below max_tokens, whose
+    kernels are picked for few tokens.
 
     A static size lets schedules pick kernels for it and TVM plan its memory once; the bounds make the storage of the
     general step static too.
@@ -25,6 +29,7 @@ class PlanBuckets(Pass):
     decode: tuple[int, ...]
     max_tokens: int
     max_batch: int
+    mixed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.max_batch <= self.max_tokens:
@@ -38,13 +43,20 @@ class PlanBuckets(Pass):
         for gvar, func in mod.functions.items():
             if gvar.name_hint not in ("step", "logits", "layers"):
                 continue
-            rows = self.max_batch if gvar.name_hint == "step" else self.max_tokens
-            functions[gvar] = func.with_attr(
-                "tir_var_upper_bound", {"t": self.max_tokens, "b": self.max_batch, "r": rows}
-            )
-            for size in self.decode if gvar.name_hint == "step" else ():
+            is_step = gvar.name_hint == "step"
+            functions[gvar] = self._bounded(func, self.max_tokens, is_step)
+            for size in self.decode if is_step else ():
                 functions[f"step_{size}"] = _specialise(func, size).with_attr("global_symbol", f"step_{size}")
+            for bound in self.mixed if is_step else ():
+                few = self._bounded(relax.utils.copy_with_new_vars(func), bound, is_step)
+                functions[f"step_t{bound}"] = few.with_attr("global_symbol", f"step_t{bound}")
         return tvm.IRModule(functions, mod.attrs)
+
+    def _bounded(self, func: relax.Function, tokens: int, is_step: bool) -> relax.Function:
+        """The function with bounds on its symbolic extents; only steps have fewer rows than tokens."""
+        sequences = min(self.max_batch, tokens)
+        rows = sequences if is_step else tokens
+        return func.with_attr("tir_var_upper_bound", {"t": tokens, "b": sequences, "r": rows})
 
 
 def _specialise(func: relax.Function, size: int) -> relax.Function:

@@ -57,12 +57,15 @@ class KernelCall:
     """One kernel launch: `func` takes the inputs, then the outputs, in order.
 
     An input is the index of an argument of the composite call, or the name of an output of an earlier kernel of the
-    same lowering. A kernel may write into an argument only where the composite says so (pages).
+    same lowering. A kernel may write into an argument only where the composite says so (pages), and into an earlier
+    kernel's output. A `shared` kernel reads only what is the same in every layer, such as positions: of equal calls in
+    one function only the first is made.
     """
 
     func: Any  # tvm.tirx.PrimFunc
     inputs: tuple[int | str, ...]
     outputs: tuple[Output, ...]
+    shared: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The schedules in order of preference, and the choice among them: the first that matches wins."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from tilewright.schedules.cpu.qkv_append import QKVAppend
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rope import Rope
 from tilewright.schedules.cpu.sample import Sample
+
+logger = logging.getLogger(__name__)
 
 # The most special first. A new schedule is a file and a line here.
 ORDER: tuple[Schedule, ...] = (
@@ -51,6 +54,9 @@ class Choice:
 class Chooser:
     """Picks the schedule and tile for a call on one target.
 
+    On a GPU a call that no schedule takes has none: it runs by its reference body, which TVM lowers as it does plain
+    operators. The compile's summary warns of every one.
+
     `tiles` holds the best known tiles by (schedule name, facts as text); without one the first of the space is taken.
     """
 
@@ -58,10 +64,12 @@ class Chooser:
     tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
     order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
-    def __call__(self, composite: str, spec: Any, m: int | None, m_max: int, inner: tuple[int, ...] = ()) -> Choice:
+    def __call__(
+        self, composite: str, spec: Any, m: int | None, m_max: int, inner: tuple[int, ...] = ()
+    ) -> Choice | None:
         """The choice for a call with m rows (None: dynamic, at most m_max), each of dimensions `inner` and a last one.
 
-        Raises CompileError with every reason.
+        None where the reference body is to run. Raises CompileError with every reason where it can't.
         """
         call = Call(composite, spec, m, m_max, inner)
         reasons = []
@@ -73,6 +81,9 @@ class Chooser:
                 return self._choice(schedule, facts)
             reasons.append(f"{schedule.name}: {facts.reason}")
         why = "; ".join(reasons) or f"no schedule for {self.target.kind} knows it"
+        if self.target.kind == "cuda":
+            logger.warning("%s runs by its reference body on %s: %s", composite, self.target.name, why)
+            return None
         raise CompileError(f"{composite} has no kernel on {self.target.name} for {spec}: {why}")
 
     def _choice(self, schedule: Schedule, facts: Any) -> Choice:

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.tolerances import TOLERANCE
 from tilewright.compiler.composites import LinearSpec
 from tilewright.models.quant import FORMATS, base
 from tilewright.schedules.cpu.linear_common import LinearFacts
+
+GREATEST = {8: 127, 16: 32639}  # magnitude of an activation, by bits
 
 
 def random_arguments(spec: LinearSpec, m: int) -> list[np.ndarray]:
@@ -63,6 +66,17 @@ def float_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray
     return parts.inputs @ weight.astype(np.float64).T + parts.added
 
 
+def rounding_bound(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
+    """float64[m, n]: how far off an output may be. Activations are integers, off by half a step s of their block each,
+    which is sum(s / 2 * |w|); the rest is float32, off in proportion to the sum of the magnitudes of its terms."""
+    parts = _split(spec, arguments)
+    weight = np.abs(FORMATS[spec.weight_format].unpack(parts.weight, spec.out_features, spec.in_features)).astype(float)
+    blocks = lambda a: a.reshape(len(a), -1, base.BLOCK)  # noqa: E731
+    steps = np.abs(blocks(parts.inputs)).max(-1) / GREATEST[spec.activation_bits]
+    magnitudes = np.abs(parts.inputs) @ weight.T + np.abs(parts.added)
+    return steps / 2 @ blocks(weight).sum(-1).T + TOLERANCE["float32"] * magnitudes
+
+
 def integer_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
     """int8 or int16 activations in blocks of 32, exact block dots, float64 sums. Without a prologue the integers are
     those of the kernels; behind one a value at a tie may fall on the other side."""
@@ -70,7 +84,7 @@ def integer_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarr
     m, n, blocks = len(parts.inputs), spec.out_features, spec.in_features // base.BLOCK
     x = parts.inputs.astype(np.float32).reshape(m, blocks, base.BLOCK)
     amax = np.abs(x).max(-1, keepdims=True)
-    greatest = {8: 127, 16: 32639}[spec.activation_bits]
+    greatest = GREATEST[spec.activation_bits]
     inverse = np.divide(np.float32(greatest), amax, out=np.zeros_like(amax), where=amax > 0)
     q = np.rint(x * inverse).astype(np.int64)
     scale = (amax * np.float32(1 / greatest)).astype(np.float64)[..., 0]

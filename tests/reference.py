@@ -10,7 +10,8 @@ from tvm import relax
 
 from tilewright.compiler.checkpoint import Checkpoint, LazyTensor
 
-TARGET = {"kind": "llvm", "mcpu": "x86-64-v3"}
+# What is compiled here runs a few times on little: LLVM's optimiser would take most of the time.
+TARGET = {"kind": "llvm", "mcpu": "x86-64-v3", "opt-level": 0}
 
 
 def compile_module(mod: tvm.IRModule) -> Callable[..., Any]:

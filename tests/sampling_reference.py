@@ -98,6 +98,7 @@ def sample_reference(
     bias_indptr: np.ndarray,
     bias_tokens: np.ndarray,
     bias_values: np.ndarray,
+    alternatives: np.ndarray,
     top_logprobs: int = 20,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """f32[r,V] and the arrays of SAMPLING_INPUTS -> ids i32[r], logprobs f32[r], top_ids i32[r,L], top_logprobs."""

@@ -10,6 +10,8 @@ from tilewright.compiler.build import weight_formats
 from tilewright.compiler.checkpoint import Checkpoint, LazyTensor
 from tilewright.compiler.describe import conversions
 from tilewright.compiler.frontends import load_checkpoint
+from tilewright.compiler.options import Options
+from tilewright.compiler.targets import find_target
 
 
 def checkpoint(**formats: str) -> Checkpoint:
@@ -53,6 +55,6 @@ def test_a_compile_says_what_it_converts(compile_tiny, tmp_path) -> None:
 
 def test_formats_that_were_asked_for_have_lines_too(tmp_path) -> None:
     model = load_checkpoint(make_gguf(tmp_path, "llama", "Q5_1", head_dim=64))
-    formats = weight_formats(model, "q4_1")
+    formats = weight_formats(model, Options(find_target("cpu"), quant="q4_1"))
     params = tuple(param(formats[name], name) for name in formats)
     assert conversions(model, params)[-1] == f"{len(params)} tensors of q5_1 become q4_1"

@@ -16,6 +16,7 @@ import torch
 import tilewright
 from tests.checkpoints import load_gguf_reference, logits_of
 from tests.logits_batch import LogitsBatch
+from tests.tolerances import assert_close
 from tilewright import Engine, EngineLimits, SamplingParams
 from tilewright.compiler.frontends.packages import packaged_model_path
 
@@ -50,7 +51,12 @@ class Text:
 
 
 @pytest.fixture(scope="module")
-def texts(smollm2_float: Path) -> list[Text]:
+def reference() -> Any:
+    return load_gguf_reference(packaged_model_path("smollm2-135m", lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def texts(smollm2_float: Path, reference: Any) -> list[Text]:
     model = tilewright.load(smollm2_float, kv_tokens=4096)
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -58,7 +64,6 @@ def texts(smollm2_float: Path) -> list[Text]:
     with Engine(model) as engine:
         params = SamplingParams(temperature=0, max_tokens=GREEDY_STEPS, ignore_eos=True)
         answers = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
-    reference = load_gguf_reference(packaged_model_path("smollm2-135m", lambda _: None))
     with _all_cores():
         expected = [_followers(reference, p, a) for p, a in zip(prompts, answers, strict=True)]
     return [Text(*parts) for parts in zip(prompts, answers, expected, strict=True)]
@@ -78,6 +83,14 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def test_float_compute_gives_the_logits_of_transformers(smollm2_float: Path, reference: Any) -> None:
+    """transformers dequantises the same file."""
+    model = tilewright.load(smollm2_float, kv_tokens=64)
+    assert model.tokenizer is not None
+    tokens = model.tokenizer.encode("The capital of France is Paris, and its river")
+    assert_close(model.logits(tokens), logits_of(reference, tokens), "logits_float32")
 
 
 @pytest.mark.parametrize("number", range(len(QUESTIONS)))

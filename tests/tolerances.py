@@ -14,10 +14,6 @@ TOLERANCE = {
     # one rounding of an operand to bfloat16 (2^-9) or float16 (2^-12)
     "bfloat16": 4e-3,
     "float16": 5e-4,
-    # int8 activations (amax / 127 a block of 32) against float activations, one linear layer
-    "int8_activations": 2e-2,
-    # int16 activations (amax / 32639 a block of 32): 1/257 of the int8 step, plus the error of float32 sums
-    "int16_activations": 1e-4,
 }
 
 

@@ -1,8 +1,8 @@
 """What a weight format is: how a weight of N outputs by K inputs lies in memory for the kernels.
 
 Rows stand in panels of 16, one row a lane, so that one vector load serves 16 outputs; the rows beyond N are zeros.
-With P = ceil(N / 16) and blocks of B inputs, every format is [P, K / B, ...]: a kernel walks a panel from front to back
-in increasing K.
+With P = ceil(N / 16) and blocks of B inputs, a format of panels is [P, K / B, ...]: a kernel walks a panel from front
+to back in increasing K. compiler/packed_weights.py has the shapes and what is inside.
 """
 
 from abc import ABC, abstractmethod
@@ -10,9 +10,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from tilewright.compiler.errors import CompileError
-
-PANEL = 16  # rows a panel
-BLOCK = 32  # inputs that share a scale in the block formats
+from tilewright.compiler.packed_weights import BLOCK, PANEL, packed_dtype, packed_shape
 
 
 class WeightFormat(ABC):
@@ -20,11 +18,14 @@ class WeightFormat(ABC):
 
     name: str
     block: int
-    packed_dtype: str
 
-    @abstractmethod
+    @property
+    def packed_dtype(self) -> str:
+        return packed_dtype(self.name)
+
     def packed_shape(self, n: int, k: int) -> tuple[int, ...]:
         """Shape of a packed [n, k] weight. Raises CompileError if k does not suit the format."""
+        return packed_shape(self.name, n, k)
 
     @abstractmethod
     def pack_raw(self, raw: np.ndarray) -> np.ndarray:
@@ -57,15 +58,6 @@ def pad_rows(array: np.ndarray) -> np.ndarray:
     if extra := count * PANEL - len(array):
         array = np.concatenate([array, np.zeros((extra, *array.shape[1:]), array.dtype)])
     return array.reshape(count, PANEL, *array.shape[1:])
-
-
-def block_count(name: str, k: int) -> int:
-    """Blocks along K. Raises CompileError if k is no multiple of 32."""
-    if k % BLOCK:
-        raise CompileError(
-            f"weight format {name} needs a multiple of {BLOCK} inputs, and this weight has {k}: keep it in f16"
-        )
-    return k // BLOCK
 
 
 def to_vectors(values: np.ndarray) -> np.ndarray:
@@ -114,9 +106,10 @@ def unpack_halves(packed: np.ndarray, n: int) -> np.ndarray:
 
 
 def blocks_of(values: np.ndarray, name: str) -> np.ndarray:
-    """float[n, k] -> float32[n, KB, 32]."""
+    """float[n, k] -> float32[n, KB, 32]. Raises CompileError if k is no multiple of 32."""
     n, k = values.shape
-    return np.asarray(values, np.float32).reshape(n, block_count(name, k), BLOCK)
+    _, blocks, _ = packed_shape(name, n, k)
+    return np.asarray(values, np.float32).reshape(n, blocks, BLOCK)
 
 
 def half_bytes(values: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 
-from tilewright.models.quant.base import PANEL, WeightFormat, pad_rows, panels
+from tilewright.models.quant.base import WeightFormat, pad_rows
 
 _DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -13,10 +13,6 @@ class Dense(WeightFormat):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.packed_dtype = {"f32": "float32", "f16": "float16", "bf16": "uint16"}[name]
-
-    def packed_shape(self, n: int, k: int) -> tuple[int, ...]:
-        return panels(n), k, PANEL
 
     def pack_raw(self, raw: np.ndarray) -> np.ndarray:
         """raw: [n, k] in this dtype (bfloat16 also as uint16)."""

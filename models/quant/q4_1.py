@@ -12,10 +12,6 @@ from tilewright.models.quant import base
 class Q4_1(base.WeightFormat):
     name = "q4_1"
     block = base.BLOCK
-    packed_dtype = "uint8"
-
-    def packed_shape(self, n: int, k: int) -> tuple[int, ...]:
-        return base.panels(n), base.block_count(self.name, k), 256 + 64
 
     def pack_raw(self, raw: np.ndarray) -> np.ndarray:
         halves = np.ascontiguousarray(raw[..., :4]).view(np.float16)

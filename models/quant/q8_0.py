@@ -12,10 +12,6 @@ from tilewright.models.quant import base
 class Q8_0(base.WeightFormat):
     name = "q8_0"
     block = base.BLOCK
-    packed_dtype = "uint8"
-
-    def packed_shape(self, n: int, k: int) -> tuple[int, ...]:
-        return base.panels(n), base.block_count(self.name, k), 512 + 32
 
     def pack_raw(self, raw: np.ndarray) -> np.ndarray:
         scales = np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]

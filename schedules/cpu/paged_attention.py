@@ -112,7 +112,7 @@ class PagedAttention(Schedule):
         attention = facts.spec.attention
         func = _Builder(facts.spec, tile, Isa.of(target)).build(self.name)
         out = Output("out", ("m", attention.heads, attention.head_dim), "float32")
-        return Lowering((KernelCall(func, tuple(range(8)), (out,)),), ("out",))
+        return Lowering((KernelCall(func, tuple(range(9)), (out,)),), ("out",))
 
 
 def _register_rows(group: int) -> int:
@@ -183,7 +183,9 @@ class _Builder:
         self.indptr = argument("indptr", (self.b + 1,), "int32")
         self.page_indptr = argument("page_indptr", (self.b + 1,), "int32")
         self.page_indices = argument("page_indices", (entries,), "int32")
-        argument("kv_len", (self.b,), "int32")  # positions say all that this kernel needs
+        # positions say all that this kernel needs, and it treats prompts and generated tokens alike
+        argument("kv_len", (self.b,), "int32")
+        argument("phases", (self.b,), "int32")
         layer = T.arg("layer", tirx.Var("layer", "int64"))
         self.out = argument("out", (self.m, heads, self.dim), "float32")
         self.page_stride = 2 * kv.kv_heads * head_size

@@ -91,7 +91,7 @@ def test_environment(refused, monkeypatch, name, value, sentence):
         pytest.param(("smolm2-135m",), "did you mean smollm2-135m", id="misspelt_model"),
         pytest.param(("./no-such-dir/model.gguf",), "no such file", id="no_such_file"),
         pytest.param(("x", "--target", "nvidia-h10"), "did you mean nvidia-h100", id="target"),
-        pytest.param(("x", "--target", "nvidia-h100"), "compiling for nvidia-h100 is not possible", id="gpu"),
+        pytest.param(("x", "--target", "nvidia-b200"), "nvidia-b200", id="gpu"),
         pytest.param(("x", "--max-batch", "0"), "--max-batch is 0; give a number from 1 to", id="batch_too_small"),
         pytest.param(("x", "--max-tokens", "99999999"), "--max-tokens is 99999999; give", id="tokens_too_many"),
         pytest.param(("x", "--page-size", "-1"), "--page-size is -1; give a number from 1", id="page_size"),

@@ -126,7 +126,7 @@ def test_gguf_files(refused, tmp_path, edit, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--quant", "q9_9"), "--quant is 'q9_9'; use auto, none or one of f32, "),
+        (("--quant", "q9_9"), "--quant is 'q9_9'; use auto, none or one of "),
         (("--weights", "random"), "--weights is 'random'; use auto or random:SEED"),
         (("--weights", "random:-1"), "--weights is 'random:-1'; use auto or random:SEED"),
         (("--max-batch", "64", "--max-tokens", "32"), "--max-batch 64 is more than --max-tokens 32"),

@@ -22,13 +22,15 @@ from tilewright.passes.quantize_weights import QuantizeWeights
 ALTERNATIVES = 5
 
 
-def served_model(c: Tiny, page_size: int = 16, weight_format: str = "f32") -> tvm.IRModule:
+def served_model(c: Tiny, page_size: int = 16, weight_format: str = "f32", activation_bits: int = 16) -> tvm.IRModule:
     """A model of stage "served", before its buckets are planned, with every matrix in one format."""
     mod = fused_model(c)
     sources = [s for e in param_entries(mod["forward"]) if len(e["shape"]) == 2 for s in e["sources"]]
     passes = (
         InsertPagedKV(page_size=page_size, k_transposed=True),
-        QuantizeWeights(formats=tuple((s, weight_format) for s in sources)),
+        QuantizeWeights(
+            formats=tuple((s, weight_format) for s in sources), narrow=tuple(sources) if activation_bits == 8 else ()
+        ),
         FuseQKVAppend(),
         FuseLinearNeighbours(),
         LowerSampling(top_logprobs=ALTERNATIVES),
@@ -36,6 +38,11 @@ def served_model(c: Tiny, page_size: int = 16, weight_format: str = "f32") -> tv
     for p in passes:
         mod = p.run(mod)
     return mod
+
+
+def kernel_names(mod: tvm.IRModule) -> list[str]:
+    """The kernels that ApplySchedules left in a module, sorted."""
+    return sorted(g.name_hint for g, f in mod.functions.items() if "tw.kernel" in (f.attrs or {}))
 
 
 class Built:
@@ -48,7 +55,8 @@ class Built:
         executable, self.workspace = build_program(program, target)
         link(executable, objects.values(), folder / "model.so")
         self.vm = tvm.relax.VirtualMachine(tvm.runtime.load_module(str(folder / "model.so")), tvm.cpu())
-        self.inputs = {str(g.name_hint): int(f.attrs["num_input"]) for g, f in program.functions.items()}
+        entries = ((str(g.name_hint), f.attrs or {}) for g, f in program.functions.items())
+        self.inputs = {name: int(attrs["num_input"]) for name, attrs in entries if "num_input" in attrs}
 
     def __call__(self, name: str, *args: Any) -> Any:
         values = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in args]

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
+from tests.reference import TARGET as REFERENCE_TARGET
 from tests.tolerances import assert_close
 from tilewright.compiler.bodies import add_composite
 from tilewright.compiler.composites import (
@@ -23,7 +24,7 @@ from tilewright.compiler.composites import (
 from tilewright.compiler.relax_utils import Expr, bindings, composite_of, weight_params
 
 op = relax.op
-TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+TARGET = tvm.target.Target(REFERENCE_TARGET)
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class Batch:
             page_indptr.append(len(page_indices))
             kv_len.append(len(old))
             rows += range(indptr[-2], indptr[-1]) if all_rows else [indptr[-1] - 1]
-        step = [tokens, positions, slots, indptr, page_indptr, page_indices, kv_len, rows]
+        step = [tokens, positions, slots, indptr, page_indptr, page_indices, kv_len, [0] * len(kv_len), rows]
         extra = [sampling[name] for name in SAMPLING_INPUTS] if sampling else []
         inputs = [np.array(a, "int32") for a in step]
         return self.compiled(function, *inputs, *extra, self.pages, *self.params)

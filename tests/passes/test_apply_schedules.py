@@ -2,24 +2,27 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
+from tvm.script import tirx as T
 
 from tests.kernel_runner import host_target
-from tests.passes.scheduled_models import BuiltBatch, served_model
+from tests.passes.scheduled_models import BuiltBatch, kernel_names, served_model
 from tests.passes.served_models import Batch, Tiny, composite_names, random_params
 from tests.passes.test_lower_sampling import sampling_arrays
 from tests.tolerances import assert_close
-from tilewright.compiler.describe import kernel_calls
+from tilewright.compiler.describe import kernel_calls, references
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.relax_utils import param_entries
 from tilewright.compiler.verify import verify
 from tilewright.models.quant import FORMATS
-from tilewright.passes.apply_schedules import ApplySchedules, kernel_names
+from tilewright.passes.apply_schedules import ApplySchedules
 from tilewright.passes.plan_buckets import PlanBuckets
+from tilewright.schedules.base import KernelCall, Output
 from tilewright.schedules.order import Chooser
 
 MODEL = Tiny(hidden=32, inter=48, heads=6, kv_heads=2, head_dim=8, vocab=37, windows=(None, None, 3))
@@ -80,11 +83,11 @@ def test_built_and_run(before: tvm.IRModule, after: tvm.IRModule, tmp_path: Path
         assert_close(kernels.step(request, all_rows), reference.step(request, all_rows), "logits_float32")
 
 
-@pytest.mark.parametrize("weight_format", ["f32", "q4_1"])
-def test_step_and_step_1_give_the_same_bits(weight_format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format,activation_bits", [("f32", 16), ("q4_1", 8)])
+def test_step_and_step_1_give_the_same_bits(weight_format: str, activation_bits: int, tmp_path: Path) -> None:
     """Their kernels differ where a schedule is for one row alone."""
     model = Tiny(hidden=64, inter=96, heads=4, kv_heads=2, head_dim=16, vocab=45, windows=(None,))
-    mod = APPLY.run(PLAN.run(served_model(model, weight_format=weight_format)))
+    mod = APPLY.run(PLAN.run(served_model(model, weight_format=weight_format, activation_bits=activation_bits)))
     calls = kernel_calls(mod)
     assert weight_format == "f32" or set(calls["step"]) != set(calls["step_1"])
     params = _stored(mod, np.random.default_rng())
@@ -117,3 +120,47 @@ def test_what_no_schedule_takes_is_refused_with_every_reason() -> None:
 def test_what_no_schedule_knows_is_refused(before: tvm.IRModule) -> None:
     with pytest.raises(CompileError, match=r"has no kernel on test-host .*: no schedule for cpu knows it"):
         ApplySchedules(choose=Chooser(host_target(), order=())).run(before)
+
+
+class _Unscheduled(Chooser):
+    """Knows no schedule for one composite, and lets it run by its body, as on a GPU."""
+
+    def __call__(self, composite, spec, m, m_max, inner=()):
+        return None if composite == "qkv_append" else super().__call__(composite, spec, m, m_max, inner)
+
+
+def test_what_has_no_schedule_runs_by_its_body(before: tvm.IRModule, after: tvm.IRModule, tmp_path: Path) -> None:
+    mod = ApplySchedules(choose=_Unscheduled(host_target())).run(before)
+    verify(mod, "scheduled")
+    assert references(mod) == ("3 calls of qkv_append run slowly, by the reference body: no schedule takes them",)
+    assert references(after) == ()
+    params = random_params(before["logits"], np.random.default_rng())
+    by_body, kernels = BuiltBatch(mod, tmp_path, params), Batch(before, params, 16)
+    for request in ({0: [1, 2, 3, 4], 1: [5]}, {1: [6], 0: [7]}):
+        assert_close(by_body.step(request), kernels.step(request), "logits_float32")
+
+
+def test_a_shared_kernel_is_called_once(before: tvm.IRModule) -> None:
+    """A kernel that reads the same in every layer, in front of each attention: made once a function."""
+
+    class Planned(Chooser):
+        def __call__(self, composite, spec, m, m_max, inner=()):
+            choice = super().__call__(composite, spec, m, m_max, inner)
+            if composite != "paged_attention":
+                return choice
+            plan = KernelCall(_plan, (2,), (Output("plan", (1,), "int32"),), shared=True)
+            return replace(choice, lowering=replace(choice.lowering, kernels=(plan, *choice.lowering.kernels)))
+
+    calls = kernel_calls(ApplySchedules(choose=Planned(host_target())).run(before))
+    for function in ("step", "step_1", "logits"):
+        attention = [n for name, n in calls[function].items() if name.startswith("paged_attention")]
+        assert sum(attention) == 3 + 1
+
+
+@T.prim_func(s_tir=True)
+def _plan(positions_handle: T.handle, plan_handle: T.handle):
+    t = T.int64()
+    T.match_buffer(positions_handle, (t,), "int32")
+    plan = T.match_buffer(plan_handle, (1,), "int32")
+    with T.sblock("plan"):
+        plan[0] = 1

@@ -91,3 +91,20 @@ def test_an_addend_of_another_shape_is_no_residual(shape):
     other = rebuild(before, {add.var: lambda emit: relax.op.add(emit.map(add.value.args[0]), emit(addend))})
     after = FuseLinearNeighbours().run(other)
     assert [op_name(b.value) for b in bindings(after["logits"])].count("add") == 1
+
+
+def test_a_gate_joins_the_linear_before_it_where_asked() -> None:
+    before = packed_model(SMALL)
+    after = FuseLinearNeighbours(gate_after=True).run(before)
+    verify(after, "served")
+    round_trip(after)
+    assert "gated" not in composite_names(after)
+    assert composite_names(after).count("rms_norm") == composite_names(before).count("rms_norm")
+    specs = linear_specs(after)
+    assert [s.gate is not None for s in specs].count(True) == 1 and all(s.norm is s.gated is None for s in specs)
+    plain = random_params(InsertPagedKV(4).run(fused_model(SMALL))["logits"], np.random.default_rng())
+    entries = param_entries(after["logits"])
+    packed = [FORMATS["f32"].pack(v) if len(e["shape"]) == 2 else v for e, v in zip(entries, plain, strict=True)]
+    expected, actual = Batch(before, packed, 4), Batch(after, packed, 4)
+    for request in ({0: [1, 2, 3, 4, 5], 1: [6]}, {1: [7, 8], 0: [9]}):
+        assert_close(actual.step(request), expected.step(request))

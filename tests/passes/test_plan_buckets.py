@@ -77,3 +77,13 @@ def test_a_bucket_gives_the_bits_of_the_step(after: tvm.IRModule) -> None:
 def test_a_step_holds_a_token_of_every_sequence(max_tokens: int, max_batch: int) -> None:
     with pytest.raises(CompileError, match=f"max batch is {max_batch}, max tokens {max_tokens}: .*; raise"):
         PlanBuckets((), max_tokens, max_batch)
+
+
+def test_a_mixed_bucket_bounds_tokens_sequences_and_rows(before: tvm.IRModule) -> None:
+    after = PlanBuckets(decode=(), max_tokens=24, max_batch=3, mixed=(2, 8)).run(before)
+    verify(after, "served")
+    for name, tokens, sequences in (("step_t2", 2, 2), ("step_t8", 8, 3), ("step", 24, 3)):
+        func = after[name]
+        bounds = {str(k): int(v) for k, v in func.attrs["tir_var_upper_bound"].items()}
+        assert bounds == {"t": tokens, "b": sequences, "r": sequences}
+        assert str(func.attrs["global_symbol"]) == name and extents(func) == extents(before["step"])

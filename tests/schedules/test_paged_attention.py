@@ -32,7 +32,7 @@ class Batch:
 
     def arguments(self, layer: int) -> tuple:
         tables = (self.positions, self.indptr, self.page_indptr, self.page_indices, self.kv_len)
-        return (self.q, self.pages, *tables, layer)
+        return (self.q, self.pages, *tables, np.zeros_like(self.kv_len), layer)
 
 
 def make_spec(heads=6, kv_heads=2, head_dim=64, page_size=16, dtype="float32", **attention) -> PagedAttentionSpec:
@@ -127,7 +127,8 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(window: int | None) ->
                 rows = slice(whole.indptr[s] + begin, whole.indptr[s] + min(begin + chunk, length))
                 pages = whole.page_indices[whole.page_indptr[s] : whole.page_indptr[s + 1]].copy()
                 indptr, page_indptr = np.array([0, rows.stop - rows.start]), np.array([0, len(pages)])
-                tables = (indptr.astype(np.int32), page_indptr.astype(np.int32), pages, whole.kv_len[s : s + 1].copy())
+                lists = (indptr.astype(np.int32), page_indptr.astype(np.int32), pages)
+                tables = (*lists, whole.kv_len[s : s + 1].copy(), np.zeros(1, np.int32))
                 arguments = (whole.q[rows].copy(), whole.pages, whole.positions[rows].copy(), *tables, 1)
                 np.testing.assert_array_equal(run(*arguments)[0], expected[rows])
 
@@ -140,7 +141,8 @@ def test_a_decoding_row_has_the_same_bits_alone() -> None:
     (expected,) = run(*whole.arguments(1))
     for s, length in enumerate(whole.kv_len):
         pages = whole.page_indices[whole.page_indptr[s] : whole.page_indptr[s + 1]].copy()
-        tables = (np.array([0, 1], np.int32), np.array([0, len(pages)], np.int32), pages, np.array([length], np.int32))
+        indptr, page_indptr = np.array([0, 1], np.int32), np.array([0, len(pages)], np.int32)
+        tables = (indptr, page_indptr, pages, np.array([length], np.int32), np.ones(1, np.int32))
         (alone,) = run(whole.q[s : s + 1].copy(), whole.pages, whole.positions[s : s + 1].copy(), *tables, 1)
         np.testing.assert_array_equal(alone[0], expected[s])
 

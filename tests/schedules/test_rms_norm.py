@@ -5,10 +5,11 @@ import pytest
 from tvm import relax, tirx
 
 from tests.kernel_runner import KernelRunner, host_target, lower
+from tests.passes.scheduled_models import kernel_names
 from tests.tolerances import assert_close
 from tilewright.compiler.bodies import add_composite
 from tilewright.compiler.composites import NormSpec
-from tilewright.passes.apply_schedules import ApplySchedules, kernel_names
+from tilewright.passes.apply_schedules import ApplySchedules
 from tilewright.schedules.base import Call
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rowwise import RowTile

@@ -49,6 +49,7 @@ def make_inputs(rows: int, vocab: int, rng: np.random.Generator, **fixed: object
         "bias_indptr": bias_indptr,
         "bias_tokens": bias_tokens,
         "bias_values": biases,
+        "alternatives": np.full(rows, 20, np.int32),
     }
     for name, value in fixed.items():
         inputs[name] = np.full_like(inputs[name], value)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tilewright.runtime.types import SamplingParams
     from tilewright.session import Session
 
-_HELP = "Ctrl-D or /exit leaves, /clear starts over, Ctrl-C stops an answer."
+_HELP = "Ctrl-D or /exit leaves, /clear starts over, Ctrl-C stops an answer or drops a line."
 
 
 def command(
@@ -40,7 +40,7 @@ def command(
     stop: Stop = None,
     threads: Threads = None,
 ) -> None:
-    """Hold a conversation. Ctrl-D or /exit leaves, /clear starts over, Ctrl-C stops an answer."""
+    """Hold a conversation. Ctrl-D or /exit leaves, /clear starts over, Ctrl-C stops an answer or drops a line."""
     from tilewright import console
     from tilewright.runtime.types import SamplingParams
     from tilewright.session import open_session
@@ -57,7 +57,7 @@ def command(
     )
     with open_session(model, threads) as session:
         conversation = Conversation(session, params, system)
-        if sys.stdin.isatty():
+        if _at_terminal():
             _edit_lines()
             console.note(_HELP)
         while (line := _read_line()) is not None:
@@ -111,6 +111,10 @@ class Conversation:
         return "".join(said)
 
 
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _edit_lines() -> None:
     """Line editing and history, where Python has them."""
     try:
@@ -121,14 +125,14 @@ def _edit_lines() -> None:
 
 def _read_line() -> str | None:
     """What is typed, or the next line of a pipe; None at the end."""
-    if sys.stdin.isatty():
+    if _at_terminal():
         try:
             return input("> ").strip()
         except EOFError:
             print()
             return None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # meant for an answer that has just ended, or for the line: neither ends the talk
             print()
-            raise
+            return ""
     line = sys.stdin.readline()
     return line.strip() if line else None

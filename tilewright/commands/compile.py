@@ -20,8 +20,12 @@ def command(
     quant: Annotated[
         str, typer.Option(metavar="auto|none|FORMAT", help="auto keeps the source's format; none computes in float32.")
     ] = "auto",
-    max_batch: Annotated[int, typer.Option(help="Most sequences in a step.")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens in a step.")] = 512,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Most sequences in a step; by default 16 on a CPU, 256 on a GPU.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in a step; by default 512 on a CPU, 2048 on a GPU.")
+    ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
