@@ -12,8 +12,9 @@ from tilewright.compiler.relax_utils import main_function, param_entries, weight
 
 TOKENS = 48
 # Relative to the norm of the reference. A layer's error is what the kernels add from the embedding up to there: sums in
-# another order for dense weights, and for block formats the rounding of activations to 16 bits (8 in some projections).
-ALLOWED = {"dense": 1e-4, "block": 5e-2}
+# another order for dense weights, and for block formats the rounding of activations: to 16 bits, which gives some 1e-4,
+# and in gate and up to 8, which gives up to 1.3e-2 in small random models and 1e-2 in SmolLM2-135M: three times that.
+ALLOWED = {"dense": 1e-4, "block": 4e-2}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Every family as it is served, compiled into an artifact, against transformers: logits, and what the engine says."""
+"""Every family as it is served, compiled into an artifact, against transformers: logits, and what the engine says.
+
+tests/models/test_parity.py holds the plain mathematics of more of each family to the same reference.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +18,20 @@ from tests.tolerances import assert_close
 
 GREEDY_STEPS = 64
 CHUNK = 64  # tokens a step, so that the longest prompt comes in five chunks, the last one short
+# Each family; between them head_dim 48 and 80, 1, 3 and 8 queries per KV head, tied and untied, biases, windows.
+SERVED = [
+    case
+    for case in CASES
+    if case.id
+    in (
+        "llama-1to1-d80-untied",
+        "llama-8to1-biases",
+        "mistral-6to2-window",
+        "qwen2-8to1-window-tied",
+        "qwen3-8to1-d80-untied",
+        "gemma3-3to1",
+    )
+]
 PAGE_SIZES = (16, 48)  # the second is no power of two and divides no chunk
 
 
@@ -30,7 +47,7 @@ class Pair:
         return np.random.default_rng(seed).integers(0, self.ours.limits.vocab_size, length).tolist()
 
 
-@pytest.fixture(scope="module", params=enumerate(CASES), ids=lambda numbered: numbered[1].id)
+@pytest.fixture(scope="module", params=enumerate(SERVED), ids=lambda numbered: numbered[1].id)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compile_tiny: Callable[..., Path]
 ) -> Iterator[Pair]:

@@ -18,7 +18,7 @@ from tilewright.compiler.artifact import Artifact
 pytestmark = pytest.mark.weights
 
 MODEL = "smollm2-135m"
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."  # not a close call for the model, as other wordings are
 FIELDS = {"text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "timings"}
 
 

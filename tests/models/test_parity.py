@@ -11,7 +11,7 @@ import torch
 
 from tests.checkpoints import CASES, Case, load_reference, logits_of, make_checkpoint
 from tests.reference import ReferenceModel
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCE, assert_close
 from tilewright.compiler.checkpoint import Checkpoint
 from tilewright.compiler.frontends import load_checkpoint
 from tilewright.models.registry import build_model
@@ -84,13 +84,17 @@ def test_logits(pair: Pair, length: int) -> None:
 
 
 def test_greedy_tokens(pair: Pair) -> None:
-    """The same tokens for 64 steps. Being causal, ours need not be run step by step: each must follow its prefix."""
+    """The same tokens for 64 steps. Being causal, ours need not be run step by step: each must follow its prefix.
+
+    A token may differ only where two are equally likely to within the tolerance on logits.
+    """
     prompt = pair.tokens(5)
     options = {"max_new_tokens": GREEDY_STEPS, "min_new_tokens": GREEDY_STEPS, "do_sample": False, "eos_token_id": -1}
     theirs = pair.theirs.generate(torch.tensor([prompt]), **options)[0].tolist()
-    ours = pair.ours(theirs[:-1]).argmax(axis=-1)[len(prompt) - 1 :].tolist()
-    assert len(ours) == GREEDY_STEPS
-    assert ours == theirs[len(prompt) :]
+    logits = pair.ours(theirs[:-1])[len(prompt) - 1 :]
+    chosen = np.take_along_axis(logits, np.array(theirs[len(prompt) :])[:, None], -1)[:, 0]
+    assert len(logits) == GREEDY_STEPS
+    assert (logits.max(-1) - chosen).max() <= TOLERANCE["logits_float32"] * np.abs(logits).max()
 
 
 def test_taps(tmp_path: Path) -> None:

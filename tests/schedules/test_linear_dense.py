@@ -14,6 +14,7 @@ from tilewright.schedules.cpu.linear_dense import DenseTile, LinearDense
 DENSE = LinearDense()
 ROWS = (1, 2, 3, 7, 16, 33)
 AVX2_TARGET = Target("avx2", "cpu", "x86_64", ("avx2", "fma", "f16c"), "x86-64-v3")
+AVX512_TARGET = Target("avx512", "cpu", "x86_64", ("avx2", "fma", "f16c", "avx512"), "x86-64-v4")
 
 CASES = [
     LinearSpec(17, 129, "f32", bias=True, norm=NormSpec(129, 1e-6), residual=True),
@@ -48,15 +49,12 @@ def test_every_tile_and_instruction_set_gives_the_same_bits(form):
         np.testing.assert_array_equal(other, results[0])
 
 
-def test_only_tiles_that_divide_the_panels_are_offered():
-    facts = DENSE.match(Call("linear", LinearSpec(17 * 3, 8), None, 8), host_target())  # 4 panels
-    assert {t.panels for t in DENSE.space(facts, host_target())} == {1, 2, 4}
-    facts = DENSE.match(Call("linear", LinearSpec(17, 8), 1, 1), host_target())  # 2 panels
-    assert {t.panels for t in DENSE.space(facts, host_target())} == {1, 2}
-    facts = DENSE.match(Call("linear", LinearSpec(16, 8), 1, 1), host_target())
-    assert {t.panels for t in DENSE.space(facts, host_target())} == {1}
-    with pytest.raises(ValueError, match="not within 16 by 4"):
-        DenseTile(17, 1)
+@pytest.mark.parametrize("target", [AVX2_TARGET, AVX512_TARGET], ids=lambda t: t.name)
+@pytest.mark.parametrize("outputs,panels", [(17 * 3, 4), (17, 2), (16, 1)])
+def test_only_tiles_that_divide_the_panels_are_offered(target, outputs, panels):
+    facts = DENSE.match(Call("linear", LinearSpec(outputs, 8), None, 8), target)
+    offered = {t.panels for t in DENSE.space(facts, target)}
+    assert offered == {p for p in ((1, 2, 4) if target.has("avx512") else (1, 2)) if panels % p == 0}
 
 
 def test_nan_stays_in_its_row():
