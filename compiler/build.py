@@ -46,6 +46,8 @@ def compile(
     dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
     """
     here = resolve_target(target)
+    with without_torch():
+        import tvm  # noqa: F401  first here, so that no later import brings torch along
     batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
     options = Options(here, weights, quant, batch, tokens, page_size, Path(dump) if dump else None)
     _check_quant(options)
@@ -93,8 +95,6 @@ def _check_quant(options: Options) -> None:
 
 def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) -> Manifest:
     """Everything but the manifest, into `root`; the manifest that describes it."""
-    with without_torch():
-        import tvm  # noqa: F401  first here, so that no later import brings torch along
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
 

@@ -1,7 +1,6 @@
 """Every composite call becomes kernel calls: the first schedule in the order that matches, with the best known tile."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import ir, relax
 
 from tilewright.compiler.composites import load_spec
@@ -134,7 +134,8 @@ class _Lowerer:
         kernels = choice.lowering.kernels
         names = []
         for kernel in kernels:
-            name = f"{choice.schedule.name}_{_content(kernel.func)}"
+            content = _content(kernel.func)
+            name = f"{choice.schedule.name}_{content[:12]}"
             about = {
                 "schedule": choice.schedule.name,
                 "composite": composite,
@@ -144,7 +145,7 @@ class _Lowerer:
                 # The floor is the whole call's; its last kernel, which does the work, carries it.
                 "floor": dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None,
             }
-            attrs = {"global_symbol": name, "tw.kernel": json.dumps(about, sort_keys=True)}
+            attrs = {"global_symbol": name, "tw.content": content, "tw.kernel": json.dumps(about, sort_keys=True)}
             self.kernels[name] = kernel.func.with_attrs(attrs)
             names.append(name)
         logger.debug("%s %s -> %s", composite, choice.facts, names)
@@ -159,11 +160,8 @@ def _launch(builder: Any, name: str, inputs: Sequence[Any], outputs: Sequence[An
 
 
 def _content(func: Any) -> str:
-    """A hash of the kernel's IR that does not depend on the symbol it was given."""
-    text = ir.save_json(func.with_attr("global_symbol", "kernel"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """A hash of the kernel's IR, 64 bits in hexadecimal, that does not depend on the symbol it was given.
 
-
-def kernel_names(mod: tvm.IRModule) -> Sequence[str]:
-    """The kernels that ApplySchedules left in a module, sorted."""
-    return sorted(g.name_hint for g, f in mod.functions.items() if "tw.kernel" in (f.attrs or {}))
+    TVM's structural hash is the same in every process; its tuning databases are keyed by it.
+    """
+    return f"{tvm_ffi.structural_hash(func.with_attr('global_symbol', 'kernel')) & 0xFFFF_FFFF_FFFF_FFFF:016x}"

@@ -1,7 +1,7 @@
 """What several files share: compiled artifacts of the real model, and a quick way to compile tiny checkpoints.
 
-Kernels are cached in a directory of the session's own, so that a run neither finds nor leaves anything on the machine;
-set TILEWRIGHT_CACHE_DIR to keep them between runs.
+Kernels are cached in a directory of the run's own, which xdist's workers share, so that a run neither finds nor leaves
+anything on the machine; set TILEWRIGHT_CACHE_DIR to keep them between runs.
 """
 
 import os
@@ -22,8 +22,11 @@ def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if env.CACHE_DIR in os.environ:
         yield
         return
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(env.CACHE_DIR, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(env.CACHE_DIR, str(folder / "cache"))
         yield
 
 

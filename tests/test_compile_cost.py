@@ -15,7 +15,7 @@ from tilewright.compiler import env
 pytestmark = [pytest.mark.weights, pytest.mark.alone]
 
 COLD_S = 90
-WARM_S = 10
+WARM_S = 20  # 10 on a quiet machine, as the benchmark has it; twice that leaves room for slow and shared ones
 MEMORY_BYTES = 4 << 30
 CORES = 2
 _ATTEMPTS = 3  # at the warm time: the machine may be busy with something else for a moment

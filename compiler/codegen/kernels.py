@@ -69,10 +69,15 @@ def read_kernel(file: Path) -> CudaKernel:
 
 
 def cache_key(func: Any, target: Target) -> str:
-    """Content of the kernel, what it is compiled for, and what compiles it."""
+    """Content of the kernel and its name, what it is compiled for, and what compiles it.
+
+    A kernel of a module carries a digest of its content, since to write it out takes a tenth of a second.
+    """
     import tvm
 
-    parts = (tvm.__version__, *_compiler(target), tvm.ir.save_json(func))
+    attrs = func.attrs or {}
+    content = (str(attrs["global_symbol"]), str(attrs["tw.content"])) if "tw.content" in attrs else ()
+    parts = (tvm.__version__, *_compiler(target), *(content or (tvm.ir.save_json(func),)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -82,15 +87,20 @@ def _compiler(target: Target) -> tuple[str, ...]:
     return str(cuda_target(target)), how()
 
 
+def _bare(func: Any) -> Any:
+    """A kernel without what only we read of it."""
+    return func.without_attr("tw.kernel").without_attr("tw.content")
+
+
 def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     import tvm
 
-    executable = build_llvm(tvm.IRModule({name: func.without_attr("tw.kernel")}), llvm_target(target))
+    executable = build_llvm(tvm.IRModule({name: _bare(func)}), llvm_target(target))
     _write(file, _object_code(executable.mod))
 
 
 def _compile_cuda(func: Any, name: str, target: Target, file: Path) -> None:
-    kernel = compile_function(func.without_attr("tw.kernel"), name, target)
+    kernel = compile_function(_bare(func), name, target)
     # The object file last: where it stands, its other half does.
     _write(device_part(file), kernel.device)
     _write(file, kernel.object)

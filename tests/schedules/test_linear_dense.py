@@ -57,6 +57,11 @@ def test_only_tiles_that_divide_the_panels_are_offered(target, outputs, panels):
     assert offered == {p for p in ((1, 2, 4) if target.has("avx512") else (1, 2)) if panels % p == 0}
 
 
+def test_a_tile_checks_itself():
+    with pytest.raises(ValueError, match="not within 16 by 4"):
+        DenseTile(17, 1)
+
+
 def test_nan_stays_in_its_row():
     spec = CASES[1]
     arguments = random_arguments(spec, 9)
