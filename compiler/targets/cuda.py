@@ -7,7 +7,7 @@ from functools import lru_cache
 from tilewright.compiler.errors import TargetError
 from tilewright.compiler.targets.base import Target
 
-_HOPPER = ("tma", "wgmma", "fp8")
+_HOPPER = ("tma", "wgmma", "pdl", "fp8")
 
 
 def _hopper(name: str, bandwidth_gbs: float | None = None, matrix_tops: float | None = None) -> Target:

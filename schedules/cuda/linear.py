@@ -1,0 +1,66 @@
+"""Dense linears on Hopper, y = x @ W^T with bias, gate and residual, for any number of tokens: wgmma fed by TMA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.compiler.composites import LinearSpec
+from tilewright.compiler.packed_weights import ROWS
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.cuda.linear_kernel import linear_kernel
+from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """m_max: the most tokens of a call."""
+
+    spec: LinearSpec
+    m_max: int
+
+
+class Linear(Schedule):
+    name = "linear"
+    composite = "linear"
+    kind = "cuda"
+
+    def match(self, call: Call, target: Target) -> LinearFacts | Reject:
+        spec = call.spec
+        if not (target.has("tma") and target.has("wgmma")):
+            return Reject(f"{target.name} has no wgmma")
+        if ROWS.get(spec.weight_format) != spec.dtype:
+            return Reject(f"weights in {spec.weight_format} are not rows of the activations' {spec.dtype}")
+        if spec.norm or spec.gated:
+            return Reject("norms and gates before the product are kernels of their own")
+        if spec.in_features % 8:
+            return Reject(f"rows of {spec.in_features} values are no multiple of 16 bytes")
+        if spec.out_dtype not in (spec.dtype, "float32") or (spec.out_dtype == "float32" and spec.residual):
+            return Reject(f"results in {spec.out_dtype}{' with a residual' * spec.residual} are not stored")
+        outs = spec.out_features // 2 if spec.gate else spec.out_features
+        if outs % 8 and (spec.gate or spec.out_dtype != "float32"):
+            return Reject(f"{outs} outputs are no multiple of 8")
+        return LinearFacts(spec, call.m if call.m is not None else call.m_max)
+
+    def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile]:
+        spec = facts.spec
+        return tuple(tiles(spec.out_features, spec.in_features, facts.m_max, spec.gate is not None, target))
+
+    def floor(self, facts: LinearFacts, target: Target) -> Floor:
+        spec = facts.spec
+        n, k = spec.out_features, spec.in_features
+        outs = n // 2 if spec.gate else n
+        wide = 4 if spec.out_dtype == "float32" else 2
+        return Floor(
+            bytes_fixed=2 * n * k + 4 * n * spec.bias,
+            bytes_per_row=2 * k + outs * (wide + 2 * spec.residual),
+            flops_per_row=2 * n * k,
+        )
+
+    def apply(self, facts: LinearFacts, tile: LinearTile, target: Target) -> Lowering:
+        spec = facts.spec
+        # The kernel takes the weight in place of a bias or residual that is not there, and does not read it.
+        bias = 2 if spec.bias else 1
+        residual = 2 + spec.bias if spec.residual else 1
+        outs = spec.out_features // 2 if spec.gate else spec.out_features
+        out = Output("y", ("m", outs), spec.out_dtype)
+        return Lowering((KernelCall(linear_kernel(spec, tile, target), (0, 1, bias, residual), (out,)),), ("y",))

@@ -1,0 +1,337 @@
+"""The kernel of dense linears on Hopper: y[M, N] = x[M, K] @ W[N, K]^T, weights as the matrix unit's first operand.
+
+A block computes tiles of `rows` outputs for `tokens` tokens. wgmma takes 64 weight rows a warpgroup and 8 to 256
+tokens beside them, so few tokens waste nothing but idle matrix units, and many fill them. One warp loads tiles through
+TMA into a ring of stages; the others multiply. Weights do not depend on the kernel before: a block fetches as many as
+fit before it waits for that one. Blocks are persistent and load the next tile's weights while they finish one.
+
+A sum over K is one chain of wgmma steps of 16 in increasing K, whatever the tile: the same bits for any tokens beside.
+
+A band of fewer than 64 rows is multiplied as 64: what lies behind it in shared memory gives rows that are not stored.
+With a gate, rows are loaded in groups of 8, a group of gate and a group of up by turns, so that a thread holds both
+halves of what it activates.
+"""
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.tirx.cuda.lang import MBarrier, PipelineState, SMEMPool, TMABar
+
+from tilewright.compiler.composites import LinearSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.launch import chained
+from tilewright.schedules.cuda.linear_tile import LinearTile
+from tilewright.schedules.cuda.pairs import pack_pair, unpack_pair
+from tilewright.schedules.cuda.tma import EVICT_FIRST, EVICT_LAST, ROW, load_tile, tensor_map
+
+_TYPES = {"bfloat16": "bf16", "float16": "f16"}
+_PITCH = 24  # elements between tokens in a warp's staging area: stmatrix and 16-byte reads meet no bank twice
+
+
+def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
+    """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
+    spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
+    n, k = spec.out_features, spec.in_features
+    gated, outs = spec.gate is not None, n // 2 if spec.gate else n
+    rows, tokens, depth, stages, cluster = tile.rows, tile.tokens, tile.depth, tile.stages, tile.cluster
+    chunks, steps = depth // ROW, -(-k // depth)
+    bands = -(-rows // 64)  # consumer warpgroups
+    consumers = 128 * bands
+    wide = bands * tokens > 384  # more accumulators than an even share of the registers holds
+    threads = consumers + (128 if wide else 32)
+    row_blocks = -(-n // (rows * cluster))  # in clusters
+    clusters = tile.blocks // cluster
+    accumulators = tokens // 2
+    early = min(stages, steps)
+    stage_bytes = (rows + tokens) * depth * 2
+    slice_rows = tokens // cluster
+    mask = (1 << cluster) - 1 if cluster > 1 else 0
+    policy = EVICT_FIRST if tile.weights_once else 0
+    x_policy = EVICT_LAST if tile.weights_once else 0
+    kind = _TYPES[spec.dtype]
+    multiply = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}"
+    group = tile.group
+    pdl = target.has("pdl")
+    # 8 tokens are half of what four 8 x 8 matrices hold.
+    span = min(tokens, 16)
+    parts = 1 if gated else 2  # of 8 outputs, in the 16 rows of a warp
+    matrices = span // 8 * parts  # of a store: 8 tokens by 8 outputs each
+    floats = spec.out_dtype == "float32"
+
+    def bias_index(out, r):
+        """The bias of constant[r], within bounds."""
+        return T.min(out, outs - 1) + r * outs if gated else T.min(out + r * 8, n - 1)
+
+    def value(acc, constant, j, r, c, before=None, i=0):
+        """An output before it is rounded: of tokens 8j..8j+7 the thread's one of column c."""
+        if gated:
+            gate, up = acc[j * 4 + c] + constant[0], acc[j * 4 + 2 + c] + constant[1]
+            result = activate(spec.gate.activation, gate) * up
+        else:
+            result = acc[j * 4 + r * 2 + c] + constant[r]
+        return result if before is None else result + before[i * 2 + c]
+
+    @T.prim_func
+    def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
+        T.func_attr({"global_symbol": "linear"})
+        m = T.int32()
+        x = T.match_buffer(x_ptr, (m, k), spec.dtype)
+        w = T.match_buffer(w_ptr, (n, k), spec.dtype)
+        if spec.bias:
+            bias = T.match_buffer(b_ptr, (n,), "float32")
+        if spec.residual:
+            residual = T.match_buffer(r_ptr, (m, outs), spec.dtype)
+        y = T.match_buffer(y_ptr, (m, outs), spec.out_dtype)
+        x_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
+        w_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
+        tensor_map(x_map, x.data, spec.dtype, (k, m), (k * 2,), (ROW, slice_rows))
+        if gated:
+            tensor_map(
+                w_map,
+                w.data,
+                spec.dtype,
+                (k, 8, 2, n // 16),
+                (k * 2, n * k, k * 16),
+                (ROW, 8, 2, rows // 16),
+            )
+        else:
+            tensor_map(w_map, w.data, spec.dtype, (k, n), (k * 2,), (ROW, rows))
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": tile.blocks_per_sm})
+        block = T.cta_id([tile.blocks])
+        rank = T.cta_id_in_cluster([cluster])
+        thread = T.thread_id([threads])
+        pool = SMEMPool()
+        w_ring = pool.alloc((stages * chunks * rows, ROW), spec.dtype, align=1024)
+        x_ring = pool.alloc((stages * chunks * tokens, ROW), spec.dtype, align=1024)
+        pool.alloc((tile.overread_bytes,), "uint8")
+        staging = pool.alloc((4 * bands, 16, _PITCH), spec.dtype, align=128)
+        full = TMABar(pool, stages)
+        empty = MBarrier(pool, stages)
+        pool.commit()
+        full.init(1)
+        empty.init(bands * cluster)
+        T.ptx["fence.mbarrier_init.release.cluster"]()
+        T.cuda.cta_sync()
+        if cluster > 1:
+            T.ptx["barrier.cluster.arrive.release.aligned"]()
+        token_blocks: T.let = (m + (tokens - 1)) // tokens
+        mine: T.let = T.truncdiv(row_blocks * token_blocks - block // cluster + (clusters - 1), clusters)
+        at = T.alloc_local([1], "int32")
+        deep = T.alloc_local([1], "int32")
+        row0 = T.alloc_local([1], "int32")
+        token0 = T.alloc_local([1], "int32")
+
+        @T.inline
+        def place(turn):
+            """row0, token0 of the block's tile of a turn: up to `group` blocks of tokens share weights in the cache."""
+            at[0] = block // cluster + turn * clusters
+            token0[0] = T.truncdiv(at[0], group * row_blocks) * group
+            deep[0] = T.min(token_blocks - token0[0], group)
+            at[0] = at[0] - token0[0] * row_blocks
+            row0[0] = T.truncdiv(at[0], deep[0])
+            token0[0] = (token0[0] + at[0] - row0[0] * deep[0]) * tokens
+            row0[0] = (row0[0] * cluster + rank) * rows
+
+        @T.inline
+        def load_weights(stage, step):
+            for c in T.unroll(chunks):
+                if gated:
+                    load_tile(
+                        w_ring.ptr_to([(stage * chunks + c) * rows, 0]),
+                        w_map,
+                        (step * depth + c * ROW, 0, 0, T.truncdiv(row0[0], 16)),
+                        full.ptr_to([stage]),
+                        policy,
+                    )
+                else:
+                    load_tile(
+                        w_ring.ptr_to([(stage * chunks + c) * rows, 0]),
+                        w_map,
+                        (step * depth + c * ROW, row0[0]),
+                        full.ptr_to([stage]),
+                        policy,
+                    )
+
+        @T.inline
+        def load_tokens(stage, step):
+            for c in T.unroll(chunks):
+                load_tile(
+                    x_ring.ptr_to([(stage * chunks + c) * tokens + rank * slice_rows, 0]),
+                    x_map,
+                    (step * depth + c * ROW, token0[0] + rank * slice_rows),
+                    full.ptr_to([stage]),
+                    x_policy,
+                    mask,
+                )
+
+        if thread >= consumers:
+            if wide:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](40)
+            if pdl:
+                T.ptx["griddepcontrol.launch_dependents"]()
+            if T.And(thread == consumers, mine > 0):
+                place(0)
+                for s in T.unroll(early):
+                    full.arrive(s, tx_count=stage_bytes)
+                    load_weights(s, s)
+            T.cuda.warp_sync()
+            if cluster > 1:
+                T.ptx["barrier.cluster.wait.acquire.aligned"]()
+            if pdl:
+                T.ptx["griddepcontrol.wait"]()
+            if thread == consumers:
+                if mine > 0:
+                    for s in T.unroll(early):
+                        load_tokens(s, s)
+                producer = PipelineState(stages, 1)
+                for _ in T.unroll(early):
+                    producer.advance()
+                for turn in T.serial(mine):
+                    place(turn)
+                    first: T.int32 = T.Select(turn == 0, early, 0)
+                    for step in T.serial(steps - first):
+                        empty.wait(producer.stage, producer.phase)
+                        full.arrive(producer.stage, tx_count=stage_bytes)
+                        load_weights(producer.stage, first + step)
+                        load_tokens(producer.stage, first + step)
+                        producer.advance()
+        else:
+            if wide:
+                T.ptx["setmaxnreg.inc.sync.aligned.u32"](232)
+            band: T.let = thread // 128
+            warp: T.let = thread // 32
+            lane: T.let = thread % 32
+            acc = T.alloc_local([accumulators], "float32")
+            w_desc = T.alloc_local([1], "uint64")
+            x_desc = T.alloc_local([1], "uint64")
+            packed = T.alloc_local([4], "uint32")
+            before = T.alloc_local([8], "float32")
+            constant = T.alloc_local([2], "float32")
+            last = T.alloc_local([1], "int32")
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(w_desc[0]), w_ring.ptr_to([band * 64, 0]), 1, 64, 3)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(x_desc[0]), x_ring.ptr_to([0, 0]), 1, 64, 3)
+            if cluster > 1:
+                T.ptx["barrier.cluster.wait.acquire.aligned"]()
+            if pdl:
+                T.ptx["griddepcontrol.wait"]()
+
+            @T.inline
+            def release(stage):
+                if thread % 128 < cluster:
+                    if cluster > 1:
+                        empty.arrive(stage, remote=thread % 128)
+                    else:
+                        empty.arrive(stage)
+
+            consumer = PipelineState(stages, 0)
+            for turn in T.serial(mine):
+                place(turn)
+                for step in T.serial(steps):
+                    full.wait(consumer.stage, consumer.phase)
+                    T.ptx["wgmma.fence.sync.aligned"]()
+                    for c in T.unroll(chunks):
+                        for i in T.unroll(4):
+                            T.ptx[multiply](
+                                *[acc[j] for j in range(accumulators)],
+                                w_desc[0] + T.cast((consumer.stage * chunks + c) * (rows * 8) + i * 2, "uint64"),
+                                x_desc[0] + T.cast((consumer.stage * chunks + c) * (tokens * 8) + i * 2, "uint64"),
+                                T.Or(step > 0, c * 4 + i > 0),
+                                1,
+                                1,
+                                0,
+                                0,
+                            )
+                    T.ptx["wgmma.commit_group.sync.aligned"]()
+                    T.ptx["wgmma.wait_group.sync.aligned"](1)
+                    if step > 0:
+                        release(last[0])
+                    last[0] = consumer.stage
+                    consumer.advance()
+                T.ptx["wgmma.wait_group.sync.aligned"](0)
+                release(last[0])
+
+                # What a row adds, in the order of acc: two outputs apart by 8, or the gate's and the other half's.
+                for r in T.unroll(2):
+                    constant[r] = T.float32(0)
+                first_out: T.let = T.truncdiv(row0[0], 2) + warp * 8 if gated else row0[0] + warp * 16
+                if spec.bias:
+                    for r in T.unroll(2):
+                        constant[r] = bias[bias_index(first_out + lane // 4, r)]
+                if warp * 16 < rows:
+                    if floats:
+                        for j in T.unroll(tokens // 8):
+                            for i in T.unroll(1 if gated else 2):
+                                for c in T.unroll(2):
+                                    token: T.let = token0[0] + j * 8 + lane % 4 * 2 + c
+                                    out: T.let = first_out + i * 8 + lane // 4
+                                    if T.And(token < m, out < outs):
+                                        y[token, out] = value(acc, constant, j, i, c)
+                    else:
+                        for chunk in T.unroll(tokens // span):
+                            if token0[0] + chunk * span < m:
+                                store_token: T.let = token0[0] + chunk * span + lane // parts
+                                store_out: T.let = first_out + lane % parts * 8
+                                stored: T.let = T.And(T.And(lane < span * parts, store_token < m), store_out < outs)
+                                matrix: T.let = lane // 8 % matrices
+                                matrix_token: T.let = matrix // parts * 8 + lane % 8
+                                if spec.residual:
+                                    for i in T.unroll(4):
+                                        packed[i] = T.uint32(0)
+                                    if stored:
+                                        T.ptx["ld.global.v4.b32"](
+                                            packed[0],
+                                            packed[1],
+                                            packed[2],
+                                            packed[3],
+                                            residual.ptr_to([store_token, store_out]),
+                                        )
+                                    if lane < span * parts:
+                                        T.ptx["st.shared.v4.b32"](
+                                            staging.ptr_to([warp, lane // parts, lane % parts * 8]),
+                                            packed[0],
+                                            packed[1],
+                                            packed[2],
+                                            packed[3],
+                                        )
+                                    T.cuda.warp_sync()
+                                    T.ptx[f"ldmatrix.sync.aligned.m8n8.x{matrices}.trans.shared.b16"](
+                                        *[packed[i] for i in range(matrices)],
+                                        staging.ptr_to([warp, matrix_token, matrix % parts * 8]),
+                                    )
+                                    T.cuda.warp_sync()
+                                    for i in T.unroll(matrices):
+                                        for c in T.unroll(2):
+                                            before[i * 2 + c] = unpack_pair(packed[i], c, spec.dtype)
+                                for i in T.unroll(matrices):
+                                    j: T.let = chunk * (span // 8) + i // parts
+                                    pack_pair(
+                                        packed[i],
+                                        value(acc, constant, j, i % parts, 0, before if spec.residual else None, i),
+                                        value(acc, constant, j, i % parts, 1, before if spec.residual else None, i),
+                                        spec.out_dtype,
+                                    )
+                                T.ptx[f"stmatrix.sync.aligned.m8n8.x{matrices}.trans.shared.b16"](
+                                    staging.ptr_to([warp, matrix_token, matrix % parts * 8]),
+                                    *[packed[i] for i in range(matrices)],
+                                )
+                                T.cuda.warp_sync()
+                                if stored:
+                                    T.ptx["ld.shared.v4.b32"](
+                                        packed[0],
+                                        packed[1],
+                                        packed[2],
+                                        packed[3],
+                                        staging.ptr_to([warp, lane // parts, lane % parts * 8]),
+                                    )
+                                    T.ptx["st.global.v4.b32"](
+                                        y.ptr_to([store_token, store_out]), packed[0], packed[1], packed[2], packed[3]
+                                    )
+                                T.cuda.warp_sync()
+        if cluster > 1:
+            # No block may end while another still sends to it.
+            T.ptx["barrier.cluster.arrive.relaxed.aligned"]()
+            T.ptx["barrier.cluster.wait.acquire.aligned"]()
+
+    return chained(kernel, target, cluster=cluster > 1, shared=True)

@@ -1,0 +1,189 @@
+"""Dense linears on Hopper: values against float32, and a row's bits whatever the number of tokens and the tile."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.cuda_runner import CudaRunner, cuda_target
+from tests.kernel_runner import lower
+from tests.tolerances import assert_close
+from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
+from tilewright.compiler.targets import RECORDS
+from tilewright.schedules.base import Call, Lowering, Reject
+from tilewright.schedules.cuda.linear import Linear
+from tilewright.schedules.cuda.linear_tile import LinearTile
+
+LINEAR = Linear()
+
+
+def dense(n: int, k: int, dtype: str = "bfloat16", **more: object) -> LinearSpec:
+    form = {"bfloat16": "bf16_rows", "float16": "f16_rows"}[dtype]
+    fields: dict[str, object] = {"weight_format": form, "dtype": dtype, "out_dtype": dtype}
+    return LinearSpec(n, k, **(fields | more))  # type: ignore[arg-type]
+
+
+def gated(n: int, k: int, activation: str = "silu", **more: object) -> LinearSpec:
+    return dense(n, k, gate=GatedSpec(n // 2, activation, "bfloat16"), **more)
+
+
+CASES = [
+    dense(64, 64),
+    dense(576, 576, residual=True),
+    dense(200, 136, bias=True, residual=True),
+    dense(960, 576, "float16", bias=True),
+    dense(1001, 256, out_dtype="float32"),
+    dense(40, 2048, "float16", residual=True),
+    gated(3072, 576),
+    gated(208, 72, "gelu_tanh", bias=True),
+    dense(4096, 1024),
+]
+IDS = [f"{s.out_features}x{s.in_features}-{s.dtype}{'-gate' * bool(s.gate)}" for s in CASES]
+SIZES = (1, 2, 8, 9, 16, 31, 64, 100, 256, 300, 1030)
+
+
+def call(spec: LinearSpec, m_max: int) -> Call:
+    return Call("linear", spec, None, m_max)
+
+
+def arguments(spec: LinearSpec, m: int, seed: int):
+    """Of the composite, on the GPU. x and the residual are followed by rows that must not be read."""
+    import torch
+
+    made = torch.Generator("cuda").manual_seed(seed)
+    dtype = getattr(torch, spec.dtype)
+
+    def normal(*shape: int, scale: float = 1.0):
+        return torch.randn(*shape, generator=made, device="cuda") * scale
+
+    def rows(columns: int):
+        padded = torch.full((m + 300, columns), float("nan"), device="cuda", dtype=dtype)
+        padded[:m] = normal(m, columns).to(dtype)
+        return padded[:m]
+
+    outs = spec.out_features // 2 if spec.gate else spec.out_features
+    weight = normal(spec.out_features, spec.in_features, scale=spec.in_features**-0.5).to(dtype)
+    bias = [normal(spec.out_features)] if spec.bias else []
+    return [rows(spec.in_features), weight, *bias, *([rows(outs)] if spec.residual else [])]
+
+
+def reference(spec: LinearSpec, given: list) -> np.ndarray:
+    """In float64, rounded nowhere."""
+    import torch
+
+    x, weight, *rest = [a.double() for a in given]
+    y = x @ weight.T
+    if spec.bias:
+        y = y + rest[0]
+    if spec.gate:
+        gate, up = y.chunk(2, -1)
+        act = torch.nn.functional.silu(gate) if spec.gate.activation == "silu" else None
+        y = up * (torch.nn.functional.gelu(gate, approximate="tanh") if act is None else act)
+    if spec.residual:
+        y = y + rest[-1]
+    return y.cpu().numpy()
+
+
+def runners(lowerings: list[Lowering]) -> list[CudaRunner]:
+    """Compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(CudaRunner, lowerings))
+
+
+def of_rows(spec: LinearSpec, given: list, rows: slice) -> list:
+    """The arguments for some of the tokens."""
+    count = given[0].shape[0]
+    per_token = {0, len(given) - 1} if spec.residual else {0}
+    assert all(given[i].shape[0] == count for i in per_token)
+    return [a[rows] if i in per_token else a for i, a in enumerate(given)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", CASES, ids=IDS)
+def test_values_and_equal_bits_for_any_number_of_rows(spec: LinearSpec) -> None:
+    import torch
+
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"{seed=}")
+    given = arguments(spec, max(SIZES), seed)
+    expected = reference(spec, given)
+    runs = dict(zip(SIZES, runners([lower(LINEAR, call(spec, m), cuda_target()) for m in SIZES]), strict=True))
+    for m, run in runs.items():
+        part = of_rows(spec, given, slice(m))
+        (y,) = run(*part)
+        torch.cuda.synchronize()
+        assert_close(y.float().cpu().numpy(), expected[:m], spec.out_dtype)
+        for row in {0, m // 2, m - 1}:
+            (alone,) = runs[1](*of_rows(spec, part, slice(row, row + 1)))
+            torch.cuda.synchronize()
+            assert torch.equal(alone[0], y[row]), f"row {row} of {m}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 13, 64, 200])
+def test_every_tile_gives_the_same_bits(m: int) -> None:
+    import torch
+
+    spec = dense(592, 448, residual=True)
+    given = arguments(spec, m, 1)
+    facts = LINEAR.match(call(spec, m), cuda_target())
+    space = LINEAR.space(facts, cuda_target())
+    tiles = space[:: max(1, len(space) // 8)]
+    results = []
+    for run in runners([LINEAR.apply(facts, tile, cuda_target()) for tile in tiles]):
+        results.append(run(*given)[0])
+        torch.cuda.synchronize()
+    different = [tile for tile, y in zip(tiles, results, strict=True) if not torch.equal(y, results[0])]
+    assert not different
+
+
+@pytest.mark.parametrize("m", [1, 64, 2048])
+@pytest.mark.parametrize("spec", [dense(4096, 4096, residual=True), gated(28672, 4096)], ids=["o", "gate_up"])
+def test_matrix_units_and_tensor_copies_are_used(spec: LinearSpec, m: int) -> None:
+    run = CudaRunner(lower(LINEAR, call(spec, m), cuda_target()))
+    code = run.sass(0)
+    assert "HGMMA" in code
+    assert "UTMALDG" in code
+    assert "LDL" not in code
+    assert "STACK:0 " in run.resources(0)
+
+
+def test_what_does_not_fit_is_refused_with_a_reason() -> None:
+    def reason(spec: LinearSpec, target: str = "nvidia-h100") -> str:
+        rejected = LINEAR.match(call(spec, 8), RECORDS[target])
+        assert isinstance(rejected, Reject)
+        return rejected.reason
+
+    assert "has no wgmma" in reason(dense(64, 64), "nvidia-a100")
+    assert "are not rows of" in reason(replace(dense(64, 64), weight_format="f16_rows"))
+    assert "16 bytes" in reason(dense(64, 63))
+    assert "no multiple of 8" in reason(dense(63, 64))
+    assert "kernels of their own" in reason(dense(64, 64, norm=NormSpec(64, 1e-5)))
+    assert "are not stored" in reason(dense(64, 64, out_dtype="float32", residual=True))
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"rows": 24}, "no multiple of 16"),
+        ({"tokens": 20}, "neither 8 nor a multiple of 16"),
+        ({"depth": 96}, "depth 96"),
+        ({"cluster": 2, "blocks": 3}, "not divided by clusters"),
+        ({"rows": 256, "tokens": 256}, "registers"),
+        ({"stages": 1}, "1 stages"),
+    ],
+)
+def test_a_tile_checks_itself(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LinearTile(**({"rows": 64, "tokens": 64, "depth": 64, "stages": 4, "blocks": 132} | fields))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 256, 2048])
+@pytest.mark.parametrize("n,k", [(576, 576), (6144, 4096), (128256, 4096), (17, 8)])
+def test_tiles_fit_in_shared_memory(n: int, k: int, m: int) -> None:
+    facts = LINEAR.match(call(dense(n, k, out_dtype="float32"), m), cuda_target())
+    space = LINEAR.space(facts, cuda_target())
+    assert space
+    for tile in space:
+        assert tile.shared_bytes * tile.blocks_per_sm <= cuda_target().shared_memory_bytes
