@@ -97,9 +97,11 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     """Everything but the manifest, into `root`; the manifest that describes it."""
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
+    from tilewright.schedules.order import Chooser
 
     formats = weight_formats(checkpoint, options)
-    scheduled = lower(checkpoint, formats, options, report)
+    choose = Chooser(options.target)
+    scheduled = lower(checkpoint, formats, options, report, choose)
     program, kernels = split_kernels(scheduled)
     params = step_params(scheduled)
 
@@ -111,7 +113,7 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
         report(Progress("kernels", compiled, len(kernels), f"{name} (cached)" if cached else name))
 
     report(Progress("kernels", 0, len(kernels)))
-    objects = compile_kernels(kernels, options.target, env.cache_dir() / "kernels", env.jobs(), done)
+    objects = compile_kernels(kernels, options.target, env.cache_dir() / "kernels", env.jobs(), done, choose.written)
     report(Progress("link", 0, 1))
     executable, workspace = build_program(program, options.target)
     link(executable, objects.values(), root / sealed.LIBRARY)
@@ -163,7 +165,9 @@ def narrow_activations(config: ModelConfig, formats: Mapping[str, str]) -> tuple
     return tuple(n for n in names if formats[n] in BLOCK_FORMATS)
 
 
-def lower(checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, report: Report) -> Any:
+def lower(
+    checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, report: Report, choose: Any = None
+) -> Any:
     """The scheduled module: the model, then every pass, verified stage by stage."""
     from tilewright.compiler.feed import add_feed
     from tilewright.compiler.random_fill import add_fill
@@ -185,7 +189,7 @@ def lower(checkpoint: Checkpoint, formats: Mapping[str, str], options: Options, 
             max_tokens=options.max_tokens,
             max_batch=options.max_batch,
             top_logprobs=TOP_LOGPROBS,
-            choose=Chooser(options.target),
+            choose=choose or Chooser(options.target),
         )
     )
     total = sum(len(passes) for _, passes in stages)

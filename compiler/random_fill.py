@@ -6,6 +6,7 @@ those of compiler/frontends/random_weights.py, which a host makes; in mean and d
 
 import hashlib
 import json
+from functools import lru_cache
 from typing import Any
 
 import tvm
@@ -44,6 +45,7 @@ def _filled(builder: relax.BlockBuilder, weight: Any, entry: dict[str, Any], see
     return builder.emit(op.call_tir_inplace(kernel, [weight, builder.emit(key)], 0, weight.ty))
 
 
+@lru_cache(maxsize=64)  # layers are alike, and to write one down takes 40 ms
 def _kernel(shape: tuple[int, ...], dtype: str, norm: bool) -> tirx.PrimFunc:
     """(weight of one or two dimensions, key): every value by its place in row-major order."""
     mean, deviation = (1.0, NORM_DEVIATION) if norm else (0.0, DEVIATION)

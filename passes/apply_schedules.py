@@ -31,7 +31,8 @@ class ApplySchedules(Pass):
 
     A kernel is named after its content, so equal calls share one and a cache can key on the name. Kernels stay in the
     module until code generation takes them out. `choose(composite, spec, m, m_max, inner)` picks schedule
-    and tile (schedules/order.py).
+    and tile (schedules/order.py). A deferred kernel is an empty function here, whose attribute tw.call says what to ask
+    `choose` again for it, and its content is that of its key.
     """
 
     choose: Callable[[str, Any, int | None, int, tuple[int, ...]], Any]
@@ -134,7 +135,7 @@ class _Lowerer:
         kernels = choice.lowering.kernels
         names = []
         for kernel in kernels:
-            content = _content(kernel.func)
+            content = kernel.content or _content(kernel.func)
             name = f"{choice.schedule.name}_{content[:12]}"
             about = {
                 "schedule": choice.schedule.name,
@@ -146,7 +147,11 @@ class _Lowerer:
                 "floor": dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None,
             }
             attrs = {"global_symbol": name, "tw.content": content, "tw.kernel": json.dumps(about, sort_keys=True)}
-            self.kernels[name] = kernel.func.with_attrs(attrs)
+            func = kernel.func
+            if kernel.content:
+                attrs["tw.call"] = json.dumps([composite, spec_text, m, m_max, inner, len(names)])
+                func = tvm.tirx.PrimFunc([], tvm.tirx.Evaluate(0))
+            self.kernels[name] = func.with_attrs(attrs)
             names.append(name)
         logger.debug("%s %s -> %s", composite, choice.facts, names)
         return choice.lowering, names

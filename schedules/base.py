@@ -6,9 +6,12 @@ floor(facts, target) -> Floor              bytes and operations no implementatio
 apply(facts, tile) -> Lowering             the kernels, and how they are called
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.targets.base import Target
@@ -52,6 +55,30 @@ class Output:
     dtype: str
 
 
+@cache
+def _source() -> str:
+    """A hash of this package's source code."""
+    folder = Path(__file__).parent
+    code = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(code).hexdigest()
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A kernel that is written down only where it has to be compiled, since that takes up to a second.
+
+    key: text that, with the source code of this package, decides what `make` returns: two kernels of one key are one.
+    """
+
+    key: str
+    make: Callable[[], Any] = field(compare=False)
+
+    @property
+    def content(self) -> str:
+        """A hash of what `make` returns, as far as it is known without calling it: 64 bits in hexadecimal."""
+        return hashlib.sha256(f"{_source()} {self.key}".encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """One kernel launch: `func` takes the inputs, then the outputs, in order.
@@ -62,10 +89,19 @@ class KernelCall:
     one function only the first is made.
     """
 
-    func: Any  # tvm.tirx.PrimFunc
+    func: Any  # tvm.tirx.PrimFunc, or a Deferred one
     inputs: tuple[int | str, ...]
     outputs: tuple[Output, ...]
     shared: bool = False
+
+    @property
+    def content(self) -> str | None:
+        """A hash of the kernel that is not written down yet; None for one that is."""
+        return self.func.content if isinstance(self.func, Deferred) else None
+
+    def written(self) -> Any:
+        """The PrimFunc."""
+        return self.func.make() if isinstance(self.func, Deferred) else self.func
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The schedules in order of preference, and the choice among them: the first that matches wins."""
 
+import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from tilewright.compiler.composites import load_spec
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, Lowering, Reject, Schedule
@@ -19,6 +21,7 @@ from tilewright.schedules.cpu.qkv_append import QKVAppend
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rope import Rope
 from tilewright.schedules.cpu.sample import Sample
+from tilewright.schedules.cuda.linear import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ ORDER: tuple[Schedule, ...] = (
     QKVAppend(),
     PagedAttention(),
     Sample(),
+    # NVIDIA GPUs.
+    Linear(),
 )
 
 
@@ -85,6 +90,16 @@ class Chooser:
             logger.warning("%s runs by its reference body on %s: %s", composite, self.target.name, why)
             return None
         raise CompileError(f"{composite} has no kernel on {self.target.name} for {spec}: {why}")
+
+    def written(self, func: Any) -> Any:
+        """A kernel of a scheduled module, written down if it was deferred."""
+        call = (func.attrs or {}).get("tw.call")
+        if call is None:
+            return func
+        composite, spec, m, m_max, inner, index = json.loads(str(call))
+        choice = self(composite, load_spec(composite, spec), m, m_max, tuple(inner))
+        assert choice is not None, "it was chosen before"
+        return choice.lowering.kernels[index].written().with_attr("global_symbol", func.attrs["global_symbol"])
 
     def _choice(self, schedule: Schedule, facts: Any) -> Choice:
         known = dict(self.tiles).get((schedule.name, repr(facts)))

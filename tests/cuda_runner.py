@@ -40,7 +40,7 @@ class CudaRunner:
 
     def __init__(self, lowering: Lowering, target: Target | None = None) -> None:
         self.lowering = lowering
-        functions = {f"kernel_{i}": kernel.func for i, kernel in enumerate(lowering.kernels)}
+        functions = {f"kernel_{i}": kernel.written() for i, kernel in enumerate(lowering.kernels)}
         named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         objects = compile_kernels(named, target or cuda_target(), env.cache_dir() / "kernels", env.jobs())
         self.kernels = {name: read_kernel(objects[name]) for name in named}

@@ -29,12 +29,14 @@ def compile_kernels(
     cache: Path,
     jobs: int | None = None,
     done: Callable[[str, bool], None] = lambda name, cached: None,
+    written: Callable[[Any], Any] = lambda func: func,
 ) -> dict[str, Path]:
     """Object files of `kernels` (name -> PrimFunc), each with its `device_part` where the target is a GPU.
 
-    done(name, cached) is called as each one is ready. LLVM runs outside Python's lock and NVRTC in processes of its
-    own, so threads are enough. Raises CompileError where the cache can't be written, TargetError where the target's
-    compiler is not installed.
+    done(name, cached) is called as each one is ready. written(func) is the kernel itself where `func` only stands for
+    it, as it does for those that need not be written down when they are in the cache. LLVM runs outside Python's lock
+    and NVRTC in processes of its own, so threads are enough. Raises CompileError where the cache can't be written,
+    TargetError where the target's compiler is not installed.
     """
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def compile_kernels(
     compile_one = _compile_cuda if target.kind == "cuda" else _compile
     with ThreadPoolExecutor(max_workers=jobs or os.cpu_count() or 1) as pool:
         try:
-            futures = {pool.submit(compile_one, kernels[n], n, target, objects[n]): n for n in missing}
+            futures = {pool.submit(compile_one, written(kernels[n]), n, target, objects[n]): n for n in missing}
             for future in as_completed(futures):
                 future.result()
                 done(futures[future], False)

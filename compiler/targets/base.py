@@ -8,9 +8,9 @@ class Target:
     """One machine to compile for. No target's name is compared anywhere: code asks for features.
 
     kind: "cpu" or "cuda". arch: "x86_64", "aarch64", "sm_90a" ... features: what the kernels may use and load checks
-    for, of "avx2", "f16c", "fma", "avx512", "avx512vnni", "amx_int8" on x86-64, and of "tma", "wgmma", "pdl", "fp8" on GPUs,
-    where the architecture implies them. mcpu, mattr: LLVM's settings for them. sms, shared_memory_bytes (of one block),
-    l2_bytes: a GPU's sizes, 0 on CPUs. bandwidth_gbs, matrix_tops: measured ceilings, None where not measured.
+    for, of "avx2", "f16c", "fma", "avx512", "avx512vnni", "amx_int8" on x86-64, and of "tma", "wgmma", "pdl", "fp8" on
+    GPUs, where the architecture implies them. mcpu, mattr: LLVM's settings for them. sms, shared_memory_bytes (of one
+    block), l2_bytes: a GPU's sizes, 0 on CPUs. bandwidth_gbs, matrix_tops: measured ceilings, None where not measured.
     """
 
     name: str
