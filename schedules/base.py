@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ class Deferred:
     def content(self) -> str:
         """A hash of what `make` returns, as far as it is known without calling it: 64 bits in hexadecimal."""
         return hashlib.sha256(f"{_source()} {self.key}".encode()).hexdigest()[:16]
+
+
+def deferred(write: Callable[..., Any]) -> Callable[..., Deferred]:
+    """For a function that writes a kernel down from frozen values: its calls give Deferred kernels."""
+
+    @wraps(write)
+    def named(*args: Any) -> Deferred:
+        return Deferred(f"{write.__module__}.{write.__qualname__} {args!r}", partial(write, *args))
+
+    return named
 
 
 @dataclass(frozen=True)

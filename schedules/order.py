@@ -21,7 +21,13 @@ from tilewright.schedules.cpu.qkv_append import QKVAppend
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rope import Rope
 from tilewright.schedules.cpu.sample import Sample
-from tilewright.schedules.cuda.linear import Linear
+from tilewright.schedules.cuda.embedding import Embedding as CudaEmbedding
+from tilewright.schedules.cuda.gated import Gated as CudaGated
+from tilewright.schedules.cuda.linear import Linear as CudaLinear
+from tilewright.schedules.cuda.paged_attention import PagedAttention as CudaPagedAttention
+from tilewright.schedules.cuda.qkv_append import QKVAppend as CudaQKVAppend
+from tilewright.schedules.cuda.rms_norm import RMSNorm as CudaRMSNorm
+from tilewright.schedules.cuda.sample import Sample as CudaSample
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,13 @@ ORDER: tuple[Schedule, ...] = (
     PagedAttention(),
     Sample(),
     # NVIDIA GPUs.
-    Linear(),
+    CudaLinear(),
+    CudaEmbedding(),
+    CudaRMSNorm(),
+    CudaGated(),
+    CudaQKVAppend(),
+    CudaPagedAttention(),
+    CudaSample(),
 )
 
 

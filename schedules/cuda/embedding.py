@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
@@ -10,7 +9,7 @@ from tvm.script import tirx as T
 from tilewright.compiler.composites import EmbeddingSpec
 from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Deferred, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule, deferred
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.rows import BYTES, Vector, VectorTile, refuse_dtype
 
@@ -43,10 +42,11 @@ class Embedding(Schedule):
     def apply(self, facts: EmbeddingFacts, tile: VectorTile, target: Target) -> Lowering:
         spec = facts.spec
         out = Output("y", ("m", spec.features), spec.dtype)
-        func = Deferred(f"{spec} {tile}", partial(embedding_kernel, spec, tile, target))
+        func = embedding_kernel(spec, tile, target)
         return Lowering((KernelCall(func, (TABLE, TOKENS), (out,)),), ("y",))
 
 
+@deferred
 def embedding_kernel(spec: EmbeddingSpec, tile: VectorTile, target: Target) -> Any:
     """(table[V,K] of the format's dtype, tokens i32[m], y[m,K] of spec.dtype); a token outside the table is clipped."""
     features, dtype = spec.features, ROWS[spec.weight_format]

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
 
 from tilewright.compiler.composites import GatedSpec
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Deferred, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule, deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.rows import BYTES, Vector, VectorTile, refuse_dtype
@@ -41,10 +40,11 @@ class Gated(Schedule):
 
     def apply(self, facts: GatedFacts, tile: VectorTile, target: Target) -> Lowering:
         out = Output("y", ("m", facts.spec.features), facts.spec.dtype)
-        func = Deferred(f"{facts} {tile}", partial(gated_kernel, facts.spec, tile, target))
+        func = gated_kernel(facts.spec, tile, target)
         return Lowering((KernelCall(func, (0,), (out,)),), ("y",))
 
 
+@deferred
 def gated_kernel(spec: GatedSpec, tile: VectorTile, target: Target) -> Any:
     """(x[m,2I], y[m,I]) of spec.dtype."""
     features = spec.features

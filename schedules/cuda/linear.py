@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Deferred, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
@@ -64,5 +63,4 @@ class Linear(Schedule):
         residual = 2 + spec.bias if spec.residual else 1
         outs = spec.out_features // 2 if spec.gate else spec.out_features
         out = Output("y", ("m", outs), spec.out_dtype)
-        func = Deferred(f"{spec} {tile}", partial(linear_kernel, spec, tile, target))
-        return Lowering((KernelCall(func, (0, 1, bias, residual), (out,)),), ("y",))
+        return Lowering((KernelCall(linear_kernel(spec, tile, target), (0, 1, bias, residual), (out,)),), ("y",))

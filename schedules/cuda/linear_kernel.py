@@ -19,6 +19,7 @@ from tvm.tirx.cuda.lang import MBarrier, PipelineState, SMEMPool, TMABar
 
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.linear_tile import LinearTile
@@ -29,6 +30,7 @@ _TYPES = {"bfloat16": "bf16", "float16": "f16"}
 _PITCH = 24  # elements between tokens in a warp's staging area: stmatrix and 16-byte reads meet no bank twice
 
 
+@deferred
 def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
     spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""

@@ -8,14 +8,13 @@ A head of a token is a group of threads, each of which holds the same part of bo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
 
 from tilewright.compiler.composites import KVFormat, QKVAppendSpec
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Deferred, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule, deferred
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.rows import (
     BYTES,
@@ -70,7 +69,7 @@ class QKVAppend(Schedule):
         weights = (3, 4) if spec.norm else (1, 2)
         out = Output("q", ("m", spec.heads, spec.kv.head_dim), spec.dtype)
         inputs = (0, 1, 2, *weights, 3 + norms, 4 + norms, 5 + norms)
-        func = Deferred(f"{spec} {tile}", partial(append_kernel, spec, tile, target))
+        func = append_kernel(spec, tile, target)
         return Lowering((KernelCall(func, inputs, (out,)),), ("q", 3 + norms))
 
 
@@ -84,6 +83,7 @@ def _refuse_pages(kv: KVFormat) -> Reject | None:
     return None
 
 
+@deferred
 def append_kernel(spec: QKVAppendSpec, tile: VectorTile, target: Target) -> Any:
     """(qkv, cos, sin, q_norm, k_norm, pages, slots, layer, q) as above; norms that the spec has not are not read."""
     kv, norm = spec.kv, spec.norm

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,7 +9,7 @@ from tvm.script import tirx as T
 
 from tilewright.compiler.composites import NormSpec
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Deferred, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule, deferred
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.rows import (
     BYTES,
@@ -83,7 +82,7 @@ class RMSNorm(Schedule):
     def apply(self, facts: NormFacts, tile: NormTile, target: Target) -> Lowering:
         spec = facts.spec
         out = Output("y", ("m", *facts.inner, spec.features), spec.dtype)
-        func = Deferred(f"{facts} {tile}", partial(norm_kernel, spec, facts.inner, tile, target))
+        func = norm_kernel(spec, facts.inner, tile, target)
         return Lowering((KernelCall(func, (0, 1), (out,)),), ("y",))
 
 
@@ -96,6 +95,7 @@ def threads_of(spec: NormSpec) -> int:
     return min(512, power_of_two(vectors)) if vectors * vector.width <= 512 * MOST_VALUES else MOST_THREADS
 
 
+@deferred
 def norm_kernel(spec: NormSpec, inner: tuple[int, ...], tile: NormTile, target: Target) -> Any:
     """(x[m,..inner..,K], weight f32[K], y[m,..inner..,K]); x and y of spec.dtype."""
     features, each = spec.features, prod(inner)
