@@ -14,10 +14,11 @@ WARP_STAGING_BYTES = 16 * 24 * 2
 REGISTERS = 65536
 _TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 
-# What a block does a second in a steady state; measured in kernels of this kind.
-_MATRIX_OPS = 5.6e12
-_FETCH_BYTES = 5.0e10
-_LAUNCH_S = 2.0e-6
+# What one multiprocessor does in a steady state, fitted to measured times of these kernels on an H100.
+_MATRIX_S = 5.2e-14  # an operation
+_TILE_BYTES = 100e9  # a second, of weights and tokens from the second-level cache
+_WEIGHT_BYTES = 45e9  # a second, of weights from memory
+_TURN_S = 1.0e-6  # between a tile and the next
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,28 @@ class LinearTile:
 def tiles(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
     """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first."""
     found = dict.fromkeys(_candidates(rows, depth, m_max, gated, target))
-    yield from sorted(found, key=lambda t: _seconds(t, rows, depth, m_max, target))
+    # Of equals, the one that has fewer warpgroups, and shares tokens.
+    yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), t.bands, -t.cluster))
 
 
 def _candidates(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
-    whole = next((t for t in _TOKENS if t >= m_max), 256)
-    many = m_max > 64
-    for tokens in _TOKENS if many else (whole,):
-        if tokens > whole or (many and tokens < 64):
-            continue
-        for height in (64, 128) if many else (*range(16, 129, 16), 160, 192, 224, 256):
-            for per_sm in (1, 2):
-                for cluster in (1, 2) if tokens >= 32 else (1,):
-                    tile = _tile(height, tokens, rows, depth, m_max, per_sm, cluster, target)
-                    if tile is not None:
-                        yield tile
+    if m_max <= 64:
+        tokens = next(t for t in _TOKENS if t >= m_max)
+        shapes = [(height, tokens, 1) for height in (*range(16, 129, 16), 160, 192, 224, 256)]
+    else:
+        shapes = [(h, t, p) for t in _TOKENS if t >= 64 for h in (32, 48, 64, 96, 128, 192) for p in (1, 2)]
+    for height, tokens, per_sm in shapes:
+        for cluster in (1, 2) if tokens >= 32 else (1,):
+            tile = _tile(height, tokens, rows, depth, m_max, per_sm, cluster, target)
+            if tile is not None:
+                yield tile
 
 
 def _tile(
     height: int, tokens: int, rows: int, depth: int, m_max: int, per_sm: int, cluster: int, target: Target
 ) -> LinearTile | None:
     """The tile with the deepest ring that fits, or None where there is none."""
-    step = 2 * ROW if depth % (2 * ROW) == 0 and tokens <= 128 else ROW
+    step = 2 * ROW if depth % (2 * ROW) == 0 and tokens <= 128 and per_sm == 1 else ROW
     row_blocks = -(-rows // (height * cluster)) * cluster
     slots = target.sms * per_sm // cluster * cluster
     blocks = min(row_blocks * -(-m_max // tokens), slots)
@@ -112,9 +113,7 @@ def _tile(
         except ValueError:
             return None
         registers = tokens // 2 + 56
-        if not tile.wide and registers * tile.threads * per_sm > REGISTERS:
-            return None
-        if tile.wide and per_sm > 1:
+        if per_sm * tile.threads * registers > REGISTERS and not (tile.wide and per_sm == 1):
             return None
         if tile.shared_bytes <= room:
             return tile
@@ -125,11 +124,10 @@ def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target
     """Predicted time with m_max tokens."""
     count = -(-rows // tile.rows) * -(-m_max // tile.tokens)
     turns = -(-count // tile.blocks)
-    shared = min(tile.blocks_per_sm, -(-tile.blocks // target.sms))  # blocks on the busiest multiprocessor
+    beside = min(tile.blocks_per_sm, -(-tile.blocks // target.sms))  # blocks on the busiest multiprocessor
     operations = 2 * 64 * tile.bands * tile.tokens * depth
-    fetched = (tile.rows + tile.tokens / tile.cluster) * depth * 2
-    each = max(operations / _MATRIX_OPS, fetched / _FETCH_BYTES) * shared
+    each = operations * _MATRIX_S + (64 * tile.bands + tile.tokens) * depth * 2 / _TILE_BYTES
+    if m_max <= tile.tokens:
+        each = max(each, tile.rows * depth * 2 / _WEIGHT_BYTES)
     bandwidth = (target.bandwidth_gbs or 3000.0) * 1e9
-    in_flight = tile.stages * (tile.rows + tile.tokens) * tile.depth * 2 * shared
-    starved = 1.0 + max(0.0, 64e3 / in_flight - 1.0) * 0.25
-    return max(turns * each, rows * depth * 2 / bandwidth) * starved + _LAUNCH_S
+    return max(turns * beside * each, rows * depth * 2 / bandwidth) + (turns + max(0, tile.bands - 2)) * _TURN_S

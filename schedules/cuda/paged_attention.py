@@ -1,0 +1,107 @@
+"""Attention of a step over KV pages on Hopper: kernels for generated tokens, and for prompts unless a step has none.
+
+A planner before each makes its work list on the device, once a step: it reads what all layers share. The two kernels
+share the result, each writing its sequences' rows. Which one a token gets depends on `phases`, not on the batch, so its
+bits don't either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.compiler.composites import PagedAttentionSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.cuda.attention_decode import DecodeTile, decode_kernel
+from tilewright.schedules.cuda.attention_prefill import PrefillTile, prefill_calls, prefill_space, refuse_prefill
+from tilewright.schedules.cuda.decode_plan import plan_kernel
+from tilewright.schedules.cuda.decode_work import COUNTERS, PARTIALS, WORK, plan_outputs
+
+_DTYPES = ("bfloat16", "float16")
+_MAX_STAGES = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """prefill: None where a step has no prompts."""
+
+    decode: DecodeTile
+    prefill: PrefillTile | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """m: sequences of a step of one generated token each; None where there may be prompts. m_max: the most tokens."""
+
+    spec: PagedAttentionSpec
+    m: int | None
+    m_max: int
+
+
+class PagedAttention(Schedule):
+    name = "paged_attention"
+    composite = "paged_attention"
+    kind = "cuda"
+
+    def match(self, call: Call, target: Target) -> Facts | Reject:
+        facts = Facts(call.spec, call.m, call.m_max)
+        refusal = _refuse_decode(call.spec, target)
+        if refusal is None and call.m is None:
+            refusal = refuse_prefill(call.spec, target)
+        if refusal is None and not self.space(facts, target):
+            refusal = Reject(f"no tile fits into {target.shared_memory_bytes} bytes of shared memory")
+        return facts if refusal is None else refusal
+
+    def space(self, facts: Facts, target: Target) -> Sequence[Tile]:
+        prefills = prefill_space(facts.spec, target) if facts.m is None else [None]
+        decodes = _decode_space(facts.spec, target)
+        return [Tile(decode, prefills[0]) for decode in decodes] + [Tile(decodes[0], tile) for tile in prefills[1:]]
+
+    def floor(self, facts: Facts, target: Target) -> Floor:
+        """A row's queries and outputs; its keys depend on the position, which no shape tells."""
+        attention = facts.spec.attention
+        return Floor(bytes_fixed=0, bytes_per_row=4 * attention.heads * attention.head_dim)
+
+    def apply(self, facts: Facts, tile: Tile, target: Target) -> Lowering:
+        spec, decode, m_max = facts.spec, tile.decode, facts.m_max
+        out = Output("out", ("m", spec.attention.heads, spec.attention.head_dim), spec.dtype)
+        plan = plan_kernel(spec, target, facts.m, m_max, decode.mode, decode.share)
+        attend = decode_kernel(spec, decode, target, m_max)
+        kernels = [
+            KernelCall(plan, (2, 3, 4, 6, 7), plan_outputs(spec, m_max), shared=True),
+            KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8), (out,)),
+        ]
+        if tile.prefill is not None:
+            kernels += prefill_calls(spec, tile.prefill, target, m_max)
+        return Lowering(tuple(kernels), ("out",))
+
+
+def _refuse_decode(spec: PagedAttentionSpec, target: Target) -> Reject | None:
+    """Why generated tokens' attention has no kernel here; None where it has."""
+    attention, kv = spec.attention, spec.kv
+    if not target.has("tma"):
+        return Reject(f"{target.name} has no TMA, which gathers the pages")
+    if not attention.causal or attention.sinks:
+        return Reject("only causal attention without sinks has a CUDA kernel")
+    if kv.k_transposed:
+        return Reject("keys are stored [dim, slot]; the CUDA kernel reads [slot, dim] (KVFormat.k_transposed)")
+    if kv.dtype not in _DTYPES or spec.dtype != kv.dtype:
+        return Reject(f"queries of {spec.dtype} over pages of {kv.dtype}; both must be bfloat16 or both float16")
+    if attention.head_dim % 16 or not 32 <= attention.head_dim <= 256:
+        return Reject(f"head size {attention.head_dim} is not a multiple of 16 within 32..256")
+    if attention.heads % kv.kv_heads:
+        return Reject(f"{attention.heads} query heads are not a multiple of {kv.kv_heads} KV heads")
+    if attention.window is not None and attention.window < 1:
+        return Reject(f"a window of {attention.window} keys leaves a query none")
+    return None
+
+
+def _decode_space(spec: PagedAttentionSpec, target: Target) -> list[DecodeTile]:
+    """The most stages that fit, for two blocks a multiprocessor where each has three of them, and for others."""
+    tiles = {}
+    for blocks in (2, 1):
+        fitting = [t for s in range(2, _MAX_STAGES + 1) if (t := DecodeTile(s, blocks)).fits(spec, target)]
+        if fitting:
+            tiles[blocks] = fitting[-1]
+    if 2 in tiles and tiles[2].stages < 3 and 1 in tiles:
+        return [tiles[1], tiles[2]]
+    return list(tiles.values())
