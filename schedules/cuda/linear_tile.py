@@ -15,8 +15,8 @@ REGISTERS = 65536
 _TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 # What one multiprocessor does in a steady state, fitted to measured times of these kernels on an H100.
-_MATRIX_S = 5.2e-14  # an operation
-_TILE_BYTES = 100e9  # a second, of weights and tokens from the second-level cache
+_LEAST_OPERATION_S = 1.7e-13  # an operation of a large tile
+_PER_TOKENS_S, _PER_ROWS_S, _SAVED_S = 2.18e-11, 7.2e-12, 2e-14  # of a small one: what loads cost, over its extents
 _WEIGHT_BYTES = 45e9  # a second, of weights from memory
 _TURN_S = 1.0e-6  # between a tile and the next
 
@@ -81,8 +81,14 @@ class LinearTile:
 def tiles(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
     """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first."""
     found = dict.fromkeys(_candidates(rows, depth, m_max, gated, target))
-    # Of equals, the one that has fewer warpgroups, and shares tokens.
-    yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), t.bands, -t.cluster))
+    yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
+
+
+def _preference(tile: LinearTile, rows: int, m_max: int) -> tuple[int, int]:
+    """Of tiles that should take equally long: fewer warpgroups; and tokens shared where few of them or many tiles make
+    loads dear, but not where blocks of one turn would wait for one another."""
+    several = -(-rows // tile.rows) * -(-m_max // tile.tokens) > tile.blocks
+    return tile.bands, -tile.cluster if several or tile.tokens <= 64 else tile.cluster
 
 
 def _candidates(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
@@ -126,8 +132,14 @@ def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target
     turns = -(-count // tile.blocks)
     beside = min(tile.blocks_per_sm, -(-tile.blocks // target.sms))  # blocks on the busiest multiprocessor
     operations = 2 * 64 * tile.bands * tile.tokens * depth
-    each = operations * _MATRIX_S + (64 * tile.bands + tile.tokens) * depth * 2 / _TILE_BYTES
+    small_s = _PER_TOKENS_S / tile.tokens + _PER_ROWS_S / (64 * tile.bands) - _SAVED_S
+    each = operations * max(_LEAST_OPERATION_S, small_s)
     if m_max <= tile.tokens:
-        each = max(each, tile.rows * depth * 2 / _WEIGHT_BYTES)
+        each = (
+            tile.rows * depth * 2 / _WEIGHT_BYTES if m_max <= 64 else max(each, tile.rows * depth * 2 / _WEIGHT_BYTES)
+        )
     bandwidth = (target.bandwidth_gbs or 3000.0) * 1e9
-    return max(turns * beside * each, rows * depth * 2 / bandwidth) + (turns + max(0, tile.bands - 2)) * _TURN_S
+    stalls = 1.08 if tile.stages < 4 else 1.0  # a shallow ring runs dry
+    return (
+        stalls * max(turns * beside * each, rows * depth * 2 / bandwidth) + (turns + max(0, tile.bands - 2)) * _TURN_S
+    )

@@ -246,7 +246,8 @@ def sample_kernel(spec: SampleSpec, layout: RowLayout, resident: bool, blocks_pe
 
         @T.inline
         def finish():
-            """Of one thread."""
+            """Of one thread. A row without a finite logit, as that of a padded batch may be, gets a token all the same."""
+            token[0] = T.max(T.min(token[0], vocab - 1), 0)
             ids[line] = token[0]
             logprobs[line] = logits[line, token[0]] - log_total
 
@@ -310,7 +311,10 @@ def sample_kernel(spec: SampleSpec, layout: RowLayout, resident: bool, blocks_pe
             if changed == 1:
                 row.divide(T.float32(1), peak)
         few: T.int32 = 0
-        if T.And(settings.temperature != T.float32(0), T.And(settings.top_k > 0, T.And(settings.top_k <= MOST, settings.top_k < vocab))):
+        if T.And(
+            settings.temperature != T.float32(0),
+            T.And(settings.top_k > 0, T.And(settings.top_k <= MOST, settings.top_k < vocab)),
+        ):
             few = 1
             candidates.bound(peak[0], T.cast(settings.top_k, "uint32"), LOWEST_KEY)
             candidates.offer(peak[0])
