@@ -138,10 +138,28 @@ class BlockFormat:
     def dots(
         self, starts: Sequence[Expr], weights: Sequence[Expr], tokens: Sequence[Sequence[Sequence[Expr]]]
     ) -> list[Expr]:
-        """start + the dot of some groups, for several tokens side by side; tokens: [token][plane][group].
+        """start + the dot of some groups, for several tokens side by side; tokens: [token][plane][group]."""
+        if self.isa.vnni:
+            return self._dots_by_group(starts, weights, tokens)
+        return self._dots_by_plane(starts, weights, tokens)
 
-        The highest plane comes first and its sums start the next one's, so that a token needs one register.
-        """
+    def _dots_by_group(
+        self, starts: Sequence[Expr], weights: Sequence[Expr], tokens: Sequence[Sequence[Sequence[Expr]]]
+    ) -> list[Expr]:
+        """A register for each token and plane: as many chains, of which 10 hide the latency of a product, and a weight
+        is used for all of them at once."""
+        zero = isa.splat(0)
+        states = [[self.products.begin(s if plane == 0 else zero) for plane in range(self.planes)] for s in starts]
+        for j, w in enumerate(weights):
+            for plane in range(self.planes):
+                for state, token in zip(states, tokens, strict=True):
+                    state[plane] = self.products.add(state[plane], w, token[plane][j])
+        return [T.bind(self.joined([self.products.end(s) for s in state])) for state in states]
+
+    def _dots_by_plane(
+        self, starts: Sequence[Expr], weights: Sequence[Expr], tokens: Sequence[Sequence[Sequence[Expr]]]
+    ) -> list[Expr]:
+        """The highest plane comes first and its sums start the next one's, so that a token needs one register."""
         sums: list[Expr] = []
         for plane in reversed(range(self.planes)):
             begins = starts if plane == 0 else [isa.splat(0)] * len(starts)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -54,6 +55,7 @@ from tilewright.schedules.cpu.isa import (
 MASKED = -1e30  # below every real score, and finite
 NO_KEY_YET = -5e29  # the maximum of a row that has seen no key: far above MASKED, so that masked keys weigh zero
 PAIR = 2 * LANES
+LINE_BYTES = 64
 MAX_ROWS = 12  # 12 rows x 2 vectors of accumulators leave 8 of 32 registers for operands
 
 
@@ -155,6 +157,9 @@ class _Builder:
         self.max_rows = tile.tokens * self.group
         self.vectors = tile.block_keys // LANES
         self.block_rows = sorted({tile.rows, min(self.group, tile.rows), 1}, reverse=True)
+        # Elements of a cache line, and dimensions whose runs of 16 keys share one (head sizes are multiples of 8).
+        self.line = LINE_BYTES // np.dtype(spec.kv.dtype).itemsize
+        self.line_dims = max(1, self.line // spec.kv.page_size)
 
     def build(self, name: str) -> tirx.PrimFunc:
         with kernel(name) as built:
@@ -300,16 +305,16 @@ class _Builder:
         """Ask for the keys of the pairs begin .. end of the runs located `at` and on."""
         with T.serial(0, T.max(end - begin, T.int32(0)) * 2) as i:
             start = T.bind(self.key_start[begin * 2 + i + at])
-            with T.serial(0, self.dim) as d:
-                prefetch(self.pages, start + d * self.kv.page_size)
+            with T.serial(0, self.dim // self.line_dims) as d:
+                prefetch(self.pages, start + d * (self.line_dims * self.kv.page_size))
 
     def _fetch_values(self, begin: Expr, end: Expr, at: int) -> None:
         """Ask for the values of the keys begin .. end of the runs located `at` and on."""
         with T.serial(0, T.max(end - begin, T.int32(0))) as i:
             key = T.bind(begin + i)
             start = T.bind(self.value_start[key // LANES + at] + key % LANES * self.dim)
-            with T.serial(0, -(-self.dim // LANES)) as j:
-                prefetch(self.pages, start + j * LANES)
+            with T.serial(0, -(-self.dim // self.line)) as j:
+                prefetch(self.pages, start + j * self.line)
 
     def _start(self, piece: _Piece) -> None:
         """Scaled queries side by side, and the state of the online softmax."""
@@ -355,15 +360,17 @@ class _Builder:
         acc = [[_zeros() for _ in range(2)] for _ in range(count)]
         starts = [T.bind(self.key_start[pair * 2 + u]) for u in range(2)]
         ahead = [T.bind(self.key_start[self.vectors + pair * 2 + u]) for u in range(2)]
-        with T.serial(0, self.dim) as d:
+        with T.serial(0, self.dim // self.line_dims) as step:
             if count <= self.group:
                 for start in ahead:
-                    prefetch(self.pages, start + d * self.kv.page_size)
-            keys = [self._page_vector(start + d * self.kv.page_size) for start in starts]
-            for r in range(count):
-                query = T.bind(splat(self.queries[row + r, d]))
-                for u in range(2):
-                    store(acc[r][u], fma(keys[u], query, load(acc[r][u], 0)), 0)
+                    prefetch(self.pages, start + step * (self.line_dims * self.kv.page_size))
+            for i in range(self.line_dims):
+                d = step * self.line_dims + i
+                keys = [self._page_vector(start + d * self.kv.page_size) for start in starts]
+                for r in range(count):
+                    query = T.bind(splat(self.queries[row + r, d]))
+                    for u in range(2):
+                        store(acc[r][u], fma(keys[u], query, load(acc[r][u], 0)), 0)
         for r in range(count):
             for u in range(2):
                 store(self.scores, load(acc[r][u], 0), row + r, pair * PAIR + u * LANES)
@@ -439,7 +446,7 @@ class _Builder:
             ahead = T.bind(self.value_start[self.vectors + run] + dim)
             with T.serial(0, T.min(keys - run * LANES, T.int32(LANES))) as j:
                 if count <= self.group:
-                    for offset in offsets:
+                    for offset in offsets[:: self.line // LANES]:
                         prefetch(self.pages, ahead + j * self.dim + offset)
                 values = [self._page_vector(start + j * self.dim + offset, lanes) for offset, lanes in parts]
                 for r in range(count):

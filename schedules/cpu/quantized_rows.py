@@ -14,8 +14,8 @@ from tilewright.schedules.cpu.block_dot import GROUPS, BlockFormat, quantize_blo
 from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, T
 from tilewright.schedules.cpu.linear_common import LinearFacts
 
-# Waking the other threads was measured to cost 4 to 6 us, so many elements 6 to 13 us on one (Zen 4).
-SERIAL_ELEMENTS = 2**14
+# So many elements take 3 to 8 us on one thread (Zen 4, Emerald Rapids), and waking the others costs 2 to 6 us.
+SERIAL_ELEMENTS = 2**13
 
 
 @dataclass(frozen=True)
