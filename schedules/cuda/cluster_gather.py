@@ -15,10 +15,11 @@ WORDS = 8  # a block's, 32 bits each
 
 @T.meta_class
 class ClusterGather:
-    """gather(): every block gets `outgoing` of all. Called by all threads of all blocks of a cluster.
+    """gather(): every block gets the words of all. Called by all threads of all blocks of a cluster.
 
-    send(i, x): by a thread of the first warp; words that no one sends are stale. word(rank, i): what a block of the cluster sent in the latest call. Two calls' words are
-    kept, by turns: a block that is ahead by one call does not disturb the one behind.
+    send(i, x): a word, before that, by a thread of the first warp; those that no one sends are stale. word(rank, i):
+    what a block of the cluster sent in the latest call. Two calls' words are kept, by turns: a block that is ahead by
+    one call does not disturb the one behind.
     """
 
     def __init__(self, pool: Any, cluster: int, rank: Any, thread: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tilewright.compiler.composites import SAMPLING_INPUTS, SampleSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
-from tilewright.schedules.cuda.sample_candidates import CAPACITY, MOST
+from tilewright.schedules.cuda.sample_candidates import MOST
 from tilewright.schedules.cuda.sample_kernel import sample_kernel
 from tilewright.schedules.cuda.sample_row import RowLayout
 
@@ -82,7 +82,7 @@ class Sample(Schedule):
 def _clustered(vocab: int, threads: int, target: Target) -> SampleTile:
     """Eight blocks a row, as many side by side as fit."""
     scores_bytes = 4 * RowLayout(vocab, 8, threads).slice
-    for blocks in range(min(4, 1024 // threads), 0, -1):
+    for blocks in range(768 // threads, 0, -1):
         if blocks * (scores_bytes + OTHER_BYTES + 1024) <= target.shared_memory_bytes + 1024:
             return SampleTile(8, threads, True, blocks)
     return SampleTile(8, threads, False, 1024 // threads)

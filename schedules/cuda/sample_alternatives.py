@@ -45,7 +45,7 @@ class Alternatives:
         self.best[1] = T.bitwise_not(T.uint64(0))
         for a in T.serial(wanted):
             self.best[0] = T.uint64(0)
-            for step in T.serial(self.row.layout.steps):
+            for step in T.serial(self.row.layout.steps, unroll=4):
                 self.row.read(self.x, step)
                 for j in T.unroll(VECTOR):
                     mine: T.uint64 = place(self.x[j], self.row.first + self.row.at + step * 128 + j)

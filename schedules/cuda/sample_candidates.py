@@ -110,7 +110,7 @@ class Candidates:
         """Sends what reaches low[0] to the first block; after the block's next barrier counter[0] tells how much."""
         least: T.float32 = key_value(self.low[0])
         if peak >= least:
-            for step in T.serial(self.row.layout.steps):
+            for step in T.serial(self.row.layout.steps, unroll=4):
                 self.row.read(self.row.x, step)
                 for j in T.unroll(VECTOR):
                     token: T.let = self.row.first + self.row.at + step * 128 + j

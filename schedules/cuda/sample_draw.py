@@ -163,7 +163,7 @@ class WholeDraw:
     def draw(self, u, peak, least_score, least_weight, token):
         """token[0] >= 0 in all threads of one warp of one block."""
         self.mass[0] = T.float32(0)
-        for step in T.serial(self.row.layout.steps):
+        for step in T.serial(self.row.layout.steps, unroll=4):
             self.weigh(step, peak, least_score, least_weight)
             for j in T.unroll(VECTOR):
                 self.mass[0] = self.mass[0] + self.x[j]

@@ -246,7 +246,7 @@ def sample_kernel(spec: SampleSpec, layout: RowLayout, resident: bool, blocks_pe
 
         @T.inline
         def finish():
-            """Of one thread. A row without a finite logit, as that of a padded batch may be, gets a token all the same."""
+            """Of one thread. A row without a finite logit, as in the padding of a batch, gets a token all the same."""
             token[0] = T.max(T.min(token[0], vocab - 1), 0)
             ids[line] = token[0]
             logprobs[line] = logits[line, token[0]] - log_total

@@ -107,7 +107,7 @@ class Row:
 
     @T.inline
     def load(self, logits, row, log_sum):
-        """scores = logits. log_sum: the thread's largest, no less than the lowest float, and its sum of e^(x - that)."""
+        """scores = logits. log_sum: the thread's largest, at least the lowest float, and its sum of e^(x - that)."""
         log_sum[0] = T.float32(LOWEST)
         log_sum[1] = T.float32(0)
         for turn in T.unroll((self.layout.steps + UNROLL - 1) // UNROLL):
@@ -130,7 +130,7 @@ class Row:
     def divide(self, temperature, peak):
         """scores /= temperature, and the thread's largest of them."""
         peak[0] = T.float32(LOWEST)
-        for step in T.serial(self.layout.steps):
+        for step in T.serial(self.layout.steps, unroll=4):
             self.read(self.x, step)
             for j in T.unroll(VECTOR):
                 self.x[j] = self.x[j] / temperature
@@ -141,7 +141,7 @@ class Row:
     def find(self, value, token):
         """The thread's first token of a value, or one beyond all."""
         token[0] = T.int32(0x7FFFFFFF)
-        for step in T.serial(self.layout.steps):
+        for step in T.serial(self.layout.steps, unroll=4):
             self.read(self.x, step)
             for j in T.unroll(VECTOR):
                 if self.x[j] == value:

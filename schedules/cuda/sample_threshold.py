@@ -69,7 +69,7 @@ class Threshold:
         """Gathers what reaches each probe."""
         for i in T.unroll(PROBES):
             self.sums[i] = T.float32(0)
-        for step in T.serial(self.row.layout.steps):
+        for step in T.serial(self.row.layout.steps, unroll=4):
             self.row.read(self.x, step)
             for j in T.unroll(VECTOR):
                 weight: T.float32 = exp(self.x[j] - peak) if measured == "mass" else T.float32(1)
