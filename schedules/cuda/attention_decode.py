@@ -20,6 +20,7 @@ from tvm.tirx.cuda.lang import MBarrier, SMEMPool, TMABar
 
 from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.decode_block import BLOCK_KEYS, STAGE_KEYS, StageLayout, WarpBlock, exponent
 from tilewright.schedules.cuda.decode_nodes import Node, Tree
 from tilewright.schedules.cuda.decode_plan import MODES
@@ -55,7 +56,7 @@ class DecodeTile:
     stages: int
     blocks_per_sm: int
     mode: str = "auto"
-    share: float = 2.0
+    share: float = 2.1
 
     def __post_init__(self) -> None:
         if self.stages < 2:
@@ -78,6 +79,7 @@ class DecodeTile:
         return self.blocks_per_sm * (self.shared_bytes(spec) + _RESERVED_BYTES) <= of_sm
 
 
+@deferred
 def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_max: int) -> Any:
     """(q[t,H,D], pages[layers,num_pages,2,G,page_size*D], page_indices i32[p], work, partials, counters, layer i64,
     out[t,H,D]), with the planner's outputs in the middle. Counters are 0 before and after."""
@@ -96,7 +98,7 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
     quads = padded // 4
     dims_a_turn = _CONSUMERS // quads
     sums_at = 512 * count  # in a partial
-    batch = max(1, 8 // count)  # partials that are read at a time
+    batch = max(1, 6 // count)  # partials that are read at a time
 
     @T.prim_func
     def attend(

@@ -12,6 +12,7 @@ from tvm.tirx.cuda.lang import SMEMPool
 
 from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.decode_work import LEVELS, SPLIT_KEYS, WHOLE, HeadBlocks, plan_outputs
 from tilewright.schedules.cuda.launch import chained
 
@@ -19,6 +20,7 @@ MODES = {"split": LEVELS[0], "group": LEVELS[1], "span": LEVELS[2], "whole": WHO
 
 _THREADS = 256
 _WARPS = _THREADS // 32
+_WORTH_CUTTING = 2 * SPLIT_KEYS  # no more keys than that take longer in two parts: merging costs more than a split
 _CLASSES = 128  # of size: four to a doubling
 _ALL_LANES = 0xFFFFFFFF
 
@@ -76,6 +78,7 @@ class _Query:
         return T.shift_left(T.shift_right(self.first, self.level) + part, self.level)
 
 
+@deferred
 def plan_kernel(spec: PagedAttentionSpec, target: Target, m: int | None, m_max: int, mode: str, share: float) -> Any:
     """(positions, indptr, page_indptr, kv_len, phases, and plan_outputs, of which it leaves the partials alone).
 
@@ -212,7 +215,7 @@ def plan_kernel(spec: PagedAttentionSpec, target: Target, m: int | None, m_max: 
             counters[place[0]] = 0
             place[0] = place[0] + _THREADS
         T.cuda.cta_sync()
-        limit[0] = T.cast(T.cast(sums[0], "float32") * T.float32(limit_of_keys), "int32")
+        limit[0] = T.max(T.cast(T.cast(sums[0], "float32") * T.float32(limit_of_keys), "int32"), _WORTH_CUTTING)
         each_query(count_parts)
         T.cuda.cta_sync()
         crowded[0] = T.Select(sums[1] > blocks.partials, 1, 0)

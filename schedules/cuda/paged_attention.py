@@ -14,7 +14,7 @@ from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output,
 from tilewright.schedules.cuda.attention_decode import DecodeTile, decode_kernel
 from tilewright.schedules.cuda.attention_prefill import PrefillTile, prefill_calls, prefill_space, refuse_prefill
 from tilewright.schedules.cuda.decode_plan import plan_kernel
-from tilewright.schedules.cuda.decode_work import COUNTERS, PARTIALS, WORK, plan_outputs
+from tilewright.schedules.cuda.decode_work import COUNTERS, PARTIALS, WORK, HeadBlocks, plan_outputs
 
 _DTYPES = ("bfloat16", "float16")
 _MAX_STAGES = 8
@@ -53,7 +53,7 @@ class PagedAttention(Schedule):
 
     def space(self, facts: Facts, target: Target) -> Sequence[Tile]:
         prefills = prefill_space(facts.spec, target) if facts.m is None else [None]
-        decodes = _decode_space(facts.spec, target)
+        decodes = _decode_space(facts, target)
         return [Tile(decode, prefills[0]) for decode in decodes] + [Tile(decodes[0], tile) for tile in prefills[1:]]
 
     def floor(self, facts: Facts, target: Target) -> Floor:
@@ -95,13 +95,14 @@ def _refuse_decode(spec: PagedAttentionSpec, target: Target) -> Reject | None:
     return None
 
 
-def _decode_space(spec: PagedAttentionSpec, target: Target) -> list[DecodeTile]:
-    """The most stages that fit, for two blocks a multiprocessor where each has three of them, and for others."""
-    tiles = {}
-    for blocks in (2, 1):
+def _decode_space(facts: Facts, target: Target) -> list[DecodeTile]:
+    """The most stages that fit beside one another. Two blocks a multiprocessor are best where each gets a part, and
+    three stages; one of twice the stages has the shorter way to the end where work is scarce."""
+    spec, tiles = facts.spec, {}
+    for blocks in (1, 2):
         fitting = [t for s in range(2, _MAX_STAGES + 1) if (t := DecodeTile(s, blocks)).fits(spec, target)]
         if fitting:
             tiles[blocks] = fitting[-1]
-    if 2 in tiles and tiles[2].stages < 3 and 1 in tiles:
-        return [tiles[1], tiles[2]]
-    return list(tiles.values())
+    scarce = facts.m is not None and facts.m * HeadBlocks.of(spec).units <= 2 * target.sms
+    shared = 2 in tiles and tiles[2].stages >= 3 and not scarce
+    return sorted(tiles.values(), key=lambda tile: (tile.blocks_per_sm == 2) != shared)

@@ -1,4 +1,4 @@
-"""The decode planner: every key of every query is in one part, parts are nodes of the tree, and none is out of bounds."""
+"""The decode planner: every key of every query is in one part, parts are nodes of the tree, none is out of bounds."""
 
 from itertools import pairwise
 
