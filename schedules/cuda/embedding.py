@@ -32,7 +32,7 @@ class Embedding(Schedule):
         return refuse_dtype(call.spec.dtype) or EmbeddingFacts(call.spec)
 
     def space(self, facts: EmbeddingFacts, target: Target) -> Sequence[VectorTile]:
-        return VectorTile(256), VectorTile(128)
+        return VectorTile(128), VectorTile(256)
 
     def floor(self, facts: EmbeddingFacts, target: Target) -> Floor:
         features = facts.spec.features

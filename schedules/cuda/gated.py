@@ -32,7 +32,7 @@ class Gated(Schedule):
         return refuse_dtype(call.spec.dtype) or GatedFacts(call.spec)
 
     def space(self, facts: GatedFacts, target: Target) -> Sequence[VectorTile]:
-        return VectorTile(256), VectorTile(128)
+        return VectorTile(128), VectorTile(256)
 
     def floor(self, facts: GatedFacts, target: Target) -> Floor:
         features = facts.spec.features

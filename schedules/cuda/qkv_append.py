@@ -50,7 +50,7 @@ class QKVAppend(Schedule):
         return _refuse_pages(kv) or refuse_dtype(call.spec.dtype) or AppendFacts(call.spec)
 
     def space(self, facts: AppendFacts, target: Target) -> Sequence[VectorTile]:
-        return VectorTile(128), VectorTile(64), VectorTile(256)
+        return VectorTile(64), VectorTile(128)
 
     def floor(self, facts: AppendFacts, target: Target) -> Floor:
         spec, kv = facts.spec, facts.spec.kv

@@ -87,12 +87,14 @@ class RMSNorm(Schedule):
 
 
 def threads_of(spec: NormSpec) -> int:
-    """The threads of a row. A warp needs no barrier, so it takes rows of up to four vectors a thread."""
+    """The threads of a row. A warp needs no barrier, so it takes rows of up to four vectors a thread; of longer rows a
+    thread has two, and more only where they would need more threads than share a barrier cheaply."""
     (vector,) = Vector.widest([spec.dtype], spec.features)
     vectors = spec.features // vector.width
     if vectors <= 4 * WARP:
         return min(WARP, power_of_two(vectors))
-    return min(512, power_of_two(vectors)) if vectors * vector.width <= 512 * MOST_VALUES else MOST_THREADS
+    threads = min(512, power_of_two(-(-vectors // 2)))
+    return threads if spec.features <= threads * MOST_VALUES else MOST_THREADS
 
 
 @deferred

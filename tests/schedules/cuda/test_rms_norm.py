@@ -77,8 +77,8 @@ def test_needs_no_local_memory(features: int, record: str) -> None:
 def test_the_weight_is_read_before_the_wait_and_the_rest_after_it() -> None:
     sass = CudaRunner(lower(RMSNorm(), call(4096, "bfloat16"), cuda_target())).sass(0)
     before, after = sass.split("ACQBULK")
-    assert "PREEXIT" in before and before.count("LDG.E.128") == 2
-    assert after.count("LDG.E.128") == 1 and after.count("BAR.SYNC") == 1
+    assert "PREEXIT" in before and before.count("LDG.E.128") == 4
+    assert after.count("LDG.E.128") == 2 and after.count("BAR.SYNC") == 1
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_tile_checks_itself(threads: int, rows: int, reason: str) -> None:
         NormTile(threads, rows)
 
 
-@pytest.mark.parametrize("features, threads", [(1, 1), (64, 8), (128, 16), (256, 32), (576, 32), (2048, 256)])
+@pytest.mark.parametrize("features, threads", [(1, 1), (64, 8), (128, 16), (256, 32), (576, 32), (2048, 128), (4096, 256)])
 def test_all_tiles_give_a_row_the_same_threads(features: int, threads: int) -> None:
     facts = RMSNorm().match(call(features, "bfloat16"), cuda_target())
     assert {tile.threads for tile in RMSNorm().space(facts, cuda_target())} == {threads}
