@@ -36,7 +36,7 @@ _SWIZZLE_128 = 3  # CUtensorMapSwizzle
 _L2_128 = 2  # CUtensorMapL2promotion
 _COPY = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _REGISTERS = {1: (24, 240), 2: (40, 232), 3: (32, 160)}  # of the copying and the computing warpgroups
-_OWN_REGISTERS = 48  # of a consumer thread beside scores, weights and values
+_OWN_REGISTERS = 32  # of a consumer thread beside scores, weights and values
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,25 @@ def refuse_prefill(spec: PagedAttentionSpec, target: Target) -> Reject | None:
         return Reject(f"queries of {spec.dtype} over pages of {kv.dtype}; both must be bfloat16 or both float16")
     if attention.head_dim % 16 or not 32 <= attention.head_dim <= 256:
         return Reject(f"head size {attention.head_dim} is not a multiple of 16 within 32..256")
+    if attention.heads % kv.kv_heads:
+        return Reject(f"{attention.heads} query heads are not a multiple of {kv.kv_heads} KV heads")
     if attention.window is not None and attention.window < 1:
         return Reject(f"a window of {attention.window} keys leaves a query none")
     return None
 
 
 def prefill_space(spec: PagedAttentionSpec, target: Target) -> Sequence[PrefillTile]:
-    """Tiles whose buffers fit into the registers and shared memory of the target, the best guess first."""
+    """Tiles whose buffers fit into the registers and shared memory of the target, the best guess first.
+
+    All have blocks of as many keys, since the bits of a row depend on these and on nothing else of a tile.
+    """
     attention = spec.attention
     group = attention.heads // attention.kv_heads
-    shapes = [(keys, buffers, warpgroups) for warpgroups in (2, 1) for keys in (128, 64) for buffers in (2, 1)]
-    tiles = [PrefillTile(_heads_of_tile(group, 64 * w), keys, w, 2, buffers) for keys, buffers, w in shapes]
+    keys = 128 if attention.head_dim <= 128 else 64
+    shapes = [(3, 2, 2), (2, 2, 2), (2, 3, 1), (2, 2, 1), (1, 2, 1)]  # warpgroups, stages, query_buffers
+    if attention.soft_cap is not None:
+        shapes = shapes[1:]  # the cap wants more registers than three warpgroups leave
+    tiles = [PrefillTile(_heads_of_tile(group, 64 * w), keys, w, stages, buffers) for w, stages, buffers in shapes]
     return [tile for tile in tiles if tile.fits(attention.head_dim, target)]
 
 
@@ -120,8 +128,12 @@ def prefill_calls(
 ) -> tuple[KernelCall, KernelCall]:
     """Planner and kernel, for a lowering of paged_attention that has an output "out", [m, heads, head_dim].
 
-    The kernel writes the rows of sequences whose phase is 0, and leaves all others alone.
+    The kernel writes the rows of sequences whose phase is 0, and leaves all others alone. Raises ValueError for a tile
+    that holds no equal part of a group of heads.
     """
+    group = spec.attention.heads // spec.attention.kv_heads
+    if group % tile.heads:
+        raise ValueError(f"heads {tile.heads} of a tile do not divide the {group} query heads of a KV head")
     plan = plan_call(tile.tokens, tile.keys, spec.attention.window, m_max, target)
     kernel = _prefill_kernel(spec, tile, target, m_max)
     done = Output("prefilled", (1,), "int32")
