@@ -108,7 +108,7 @@ def test_tile_checks_itself(threads: int, rows: int, reason: str) -> None:
         NormTile(threads, rows)
 
 
-@pytest.mark.parametrize("features, threads", [(1, 1), (64, 8), (128, 16), (256, 32), (576, 32), (2048, 128), (4096, 256)])
+@pytest.mark.parametrize("features, threads", [(1, 1), (64, 8), (128, 16), (256, 32), (576, 32), (4096, 256)])
 def test_all_tiles_give_a_row_the_same_threads(features: int, threads: int) -> None:
     facts = RMSNorm().match(call(features, "bfloat16"), cuda_target())
     assert {tile.threads for tile in RMSNorm().space(facts, cuda_target())} == {threads}
