@@ -1,6 +1,8 @@
 """Named workloads. A case is what is run, on which model, and in what unit its figure stands."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ STREAMS_8 = Case("streams-8", "the same, 8 streams at once", "tokens/s", higher=
 MEMORY = Case("memory", "peak memory of load, prefill of 512 and decode", "MiB")
 BANDWIDTH = Case("read-bandwidth", "sum over 1 GiB on all threads", "GB/s", higher=True)
 
-CASES = {
+CPU_CASES = {
     c.name: c
     for c in (
         IMPORT,
@@ -47,3 +49,113 @@ CASES = {
 }
 
 SMOLLM2 = "smollm2-135m"
+
+STEP = Case("step", "one step of decoding, greedy, all streams running", "ms")
+FIRST = Case("first", "one prompt, submission to first token", "ms")
+CHAT = Case("chat", "1000 requests of chat-like lengths at once", "tokens/s", higher=True)
+START = Case("start", "fresh interpreter to first token", "s")
+MODEL_CASES = {c.name: c for c in (STEP, FIRST, CHAT, START)}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """`tokens` rows of `depth` values times a weight [outputs, depth]. gated: the product's halves are gate and up, and
+    the result is silu(gate) * up."""
+
+    tokens: int
+    outputs: int
+    depth: int
+    out_dtype: str = "bfloat16"
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """`batch` sequences of `length` tokens: each one query over all its keys (decode), or a causal prompt."""
+
+    batch: int
+    length: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    rows: int
+    vocab: int
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True)
+class KernelCase(Case):
+    """table: the cases whose ratios are averaged."""
+
+    table: str = ""
+    shape: LinearShape | AttentionShape | SampleShape | None = None
+
+
+LAYERS = {  # outputs, depth: the linears of an 8B Llama
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "lm_head": (128256, 4096),
+}
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048, 8192)
+MOST_LOGITS = 256  # rows that a step draws from
+DECODES = (
+    (1, 1024),
+    (1, 8192),
+    (1, 65536),
+    (8, 1024),
+    (16, 1024),
+    (16, 8192),
+    (64, 1024),
+    (64, 4096),
+    (128, 1024),
+    (128, 2048),
+    (256, 1024),
+)
+PREFILLS = ((1, 512), (1, 2048), (1, 8192), (1, 32768), (8, 1024), (16, 2048))
+
+
+def _kernel_cases() -> Iterator[Case]:
+    yield Case("read-bandwidth", "sum over 2 GiB", "TB/s", higher=True)
+    yield Case("matrix-rate", "bfloat16 product of 8192 x 8192 matrices", "TFLOP/s", higher=True)
+    for layer, (outputs, depth) in LAYERS.items():
+        for tokens in (t for t in TOKENS if layer != "lm_head" or t <= MOST_LOGITS):
+            table = f"linears, M {'up to 64' if tokens <= 64 else '128 to 512' if tokens <= 512 else '2048 and 8192'}"
+            out_dtype = "float32" if layer == "lm_head" else "bfloat16"
+            what = f"{layer} of an 8B Llama, {tokens} tokens"
+            shape = LinearShape(tokens, outputs, depth, out_dtype)
+            yield KernelCase(f"{layer}-{tokens}", what, "us", table=table, shape=shape)
+    for tokens in TOKENS:
+        shape = LinearShape(tokens, *LAYERS["gate_up"], gated=True)
+        what = f"gate_up and its gate in one, {tokens} tokens; the peer's figure is the product alone"
+        yield KernelCase(f"gated-{tokens}", what, "us", table="gate_up with its gate", shape=shape)
+    for batch, length in DECODES:
+        what = f"attention of {batch} queries, each over {length} keys in pages of 16"
+        attention = AttentionShape(batch, length)
+        yield KernelCase(f"decode-{batch}x{length}", what, "us", table="decode attention", shape=attention)
+    for batch, length in PREFILLS:
+        what = f"causal attention of {batch} prompts of {length} tokens in pages of 16"
+        attention = AttentionShape(batch, length)
+        yield KernelCase(f"prefill-{batch}x{length}", what, "us", table="prefill attention", shape=attention)
+    what = "top-k 50, top-p 0.9 at temperature 1"
+    yield KernelCase("sample-128", what, "us", table="sampling", shape=SampleShape(128, 128256, 50, 0.9))
+
+
+KERNEL_CASES = {c.name: c for c in _kernel_cases()}
+
+
+def chosen(patterns: list[str] | None) -> list[KernelCase]:
+    """The kernels' cases whose names match one of the patterns ("qkv-*"); all without any. Raises SystemExit for a
+    pattern that none matches."""
+    cases = [c for c in KERNEL_CASES.values() if isinstance(c, KernelCase)]
+    unknown = [p for p in patterns or () if not any(fnmatch(c.name, p) for c in cases)]
+    if unknown:
+        raise SystemExit(f"no case is named {unknown[0]!r}; there are {', '.join(c.name for c in cases)}")
+    return [c for c in cases if not patterns or any(fnmatch(c.name, p) for p in patterns)]
