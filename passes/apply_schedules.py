@@ -133,7 +133,7 @@ class _Lowerer:
         if choice is None:
             return None
         kernels = choice.lowering.kernels
-        names = []
+        names: list[str] = []
         for kernel in kernels:
             content = kernel.content or _content(kernel.func)
             name = f"{choice.schedule.name}_{content[:12]}"

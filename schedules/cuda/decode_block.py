@@ -87,7 +87,7 @@ class WarpBlock:
         layout = StageLayout(kv.head_dim, kv.page_size)
         self.dtype, self.exponent, self.steps = kv.dtype, exponent(attention), kv.head_dim // 16
         self.capped = attention.soft_cap is not None
-        self.cap_scale = 2 * math.log2(math.e) * attention.scale / attention.soft_cap if self.capped else 0.0
+        self.cap_scale = 2 * math.log2(math.e) * attention.scale / (attention.soft_cap or math.inf)  # 0 without a cap
         kind = _TYPES[kv.dtype]
         self.multiply = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
         self.chunk_bytes, self.tile_bytes = layout.chunk_bytes, layout.key_bytes(16)

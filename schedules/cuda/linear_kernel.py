@@ -67,7 +67,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
 
     def value(acc, constant, j, r, c, before=None, i=0):
         """An output before it is rounded: of tokens 8j..8j+7 the thread's one of column c."""
-        if gated:
+        if spec.gate is not None:
             gate, up = acc[j * 4 + c] + constant[0], acc[j * 4 + 2 + c] + constant[1]
             result = activate(spec.gate.activation, gate) * up
         else:
