@@ -89,12 +89,12 @@ class SampleShape:
     top_p: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelCase(Case):
     """table: the cases whose ratios are averaged."""
 
-    table: str = ""
-    shape: LinearShape | AttentionShape | SampleShape | None = None
+    table: str
+    shape: LinearShape | AttentionShape | SampleShape
 
 
 LAYERS = {  # outputs, depth: the linears of an 8B Llama
@@ -122,9 +122,13 @@ DECODES = (
 PREFILLS = ((1, 512), (1, 2048), (1, 8192), (1, 32768), (8, 1024), (16, 2048))
 
 
-def _kernel_cases() -> Iterator[Case]:
-    yield Case("read-bandwidth", "sum over 2 GiB", "TB/s", higher=True)
-    yield Case("matrix-rate", "bfloat16 product of 8192 x 8192 matrices", "TFLOP/s", higher=True)
+CEILINGS = {
+    "read-bandwidth": Case("read-bandwidth", "sum over 2 GiB", "TB/s", higher=True),
+    "matrix-rate": Case("matrix-rate", "bfloat16 product of 8192 x 8192 matrices", "TFLOP/s", higher=True),
+}
+
+
+def _kernel_cases() -> Iterator[KernelCase]:
     for layer, (outputs, depth) in LAYERS.items():
         for tokens in (t for t in TOKENS if layer != "lm_head" or t <= MOST_LOGITS):
             table = f"linears, M {'up to 64' if tokens <= 64 else '128 to 512' if tokens <= 512 else '2048 and 8192'}"
@@ -154,7 +158,7 @@ KERNEL_CASES = {c.name: c for c in _kernel_cases()}
 def chosen(patterns: list[str] | None) -> list[KernelCase]:
     """The kernels' cases whose names match one of the patterns ("qkv-*"); all without any. Raises SystemExit for a
     pattern that none matches."""
-    cases = [c for c in KERNEL_CASES.values() if isinstance(c, KernelCase)]
+    cases = list(KERNEL_CASES.values())
     unknown = [p for p in patterns or () if not any(fnmatch(c.name, p) for c in cases)]
     if unknown:
         raise SystemExit(f"no case is named {unknown[0]!r}; there are {', '.join(c.name for c in cases)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import AttentionShape
 from gpu_compiled import Compiled, compiled
-from gpu_work import Call, Variant, Work, copies, distance
+from gpu_work import Call, Variant, Work, copies, distance, installed
 
 from tests.cuda_runner import cuda_target
 from tests.kernel_runner import lower
@@ -155,10 +155,10 @@ def work(step: Step, ours: Compiled) -> Work:
 
 def _peers(batch: Batch) -> Iterator[Variant]:
     """FlashInfer's ways, planned for exactly this step. Both layouts of pages; ours is its "HND"."""
-    try:
-        import flashinfer
-    except ImportError:
+    if not installed("flashinfer"):
         return
+    import flashinfer
+
     for layout in ("HND", "NHD"):
         if batch.step.decode:
             for cores in ("cuda cores", "tensor cores"):

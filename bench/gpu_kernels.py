@@ -10,7 +10,6 @@ it is not installed. What is wrong is not timed, and named when all else is done
 """
 
 import argparse
-import importlib.util
 import math
 import traceback
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ import gpu_linears
 import gpu_sampling
 import gpu_timing
 import torch
-from cases import KERNEL_CASES, AttentionShape, KernelCase, LinearShape
+from cases import CEILINGS, KERNEL_CASES, AttentionShape, KernelCase, LinearShape
 from gpu_compiled import Compiled
 from gpu_timing import Ceilings
-from gpu_work import Variant, Work
+from gpu_work import Variant, Work, installed
 from results_file import Results, about
 
 HERE = Path(__file__).parent
@@ -48,9 +47,9 @@ def run(args: argparse.Namespace, cases: Sequence[KernelCase]) -> None:
         raise SystemExit(f"{args.prepared} has no kernels of {missing[0]}; make it again")
     kernels = {name: found[name] for name in names}
     gpu_compiled.load_all(kernels)
-    packages = ["torch", *(["flashinfer-python"] if importlib.util.find_spec("flashinfer") else [])]
+    packages = ["torch", *(["flashinfer-python"] if installed("flashinfer") else [])]
     known = about(args.commit, gpu_timing.device(), packages)
-    results = Results(args.results or HERE / "results" / "cuda-kernels.jsonl", KERNEL_CASES, known)
+    results = Results(args.results or HERE / "results" / "cuda-kernels.jsonl", CEILINGS | KERNEL_CASES, known)
     suite = Suite(results, args.rounds)
     refused = [problem for case in cases if (problem := suite.try_case(case, kernels[case.name]))]
     suite.print_means()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from cases import SampleShape
 from gpu_compiled import Compiled, compiled
-from gpu_work import Variant, Work, copies
+from gpu_work import Variant, Work, copies, installed
 
 from tests.cuda_runner import cuda_target
 from tests.kernel_runner import lower
@@ -82,10 +82,10 @@ def _input(name: str, shape: SampleShape) -> torch.Tensor:
 
 
 def _peers(shape: SampleShape, logits: list[torch.Tensor], probabilities: torch.Tensor) -> Iterator[Variant]:
-    try:
-        from flashinfer import sampling
-    except ImportError:
+    if not installed("flashinfer"):
         return
+    from flashinfer import sampling
+
     # Its host code makes a generator for each call, which can't be captured; a number as good is given instead.
     numbers = {"seed": 7, "offset": 0}
     sampling.get_seed_and_offset = lambda increment, generator=None: (numbers["seed"], numbers["offset"])

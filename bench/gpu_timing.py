@@ -9,7 +9,7 @@ import torch
 
 Call = Callable[[], Any]
 GRAPH_US = 2000.0  # of work in a graph, about: far above what the clock and a replay's start take
-LEAST_CALLS = 4
+LEAST_CALLS, MOST_CALLS = 4, 64
 
 
 def device() -> str:
@@ -28,17 +28,19 @@ class Graph:
 def capture(calls: Sequence[Call]) -> Graph:
     """A graph of the calls in turn, as often as takes GRAPH_US. Each touches memory of its own, so that together they
     don't fit into the cache."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
         once_us = _elapsed_us(calls[-1])
-        rounds = max(-(-LEAST_CALLS // len(calls)), round(GRAPH_US / (once_us * len(calls))), 1)
+        least, most = (-(-count // len(calls)) for count in (LEAST_CALLS, MOST_CALLS))
+        turns = list(calls) * min(most, max(least, round(GRAPH_US / (once_us * len(calls)))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-            for call in list(calls) * min(rounds, -(-64 // len(calls))):
+            for call in turns:
                 call()
-    return Graph(graph.replay, len(calls) * min(rounds, -(-64 // len(calls))))
+    return Graph(graph.replay, len(turns))
 
 
 def take_turns(graphs: Mapping[str, Graph], rounds: int) -> dict[str, list[float]]:

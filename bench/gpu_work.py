@@ -1,5 +1,6 @@
 """What is common to the workloads of kernels: variants that run on the same numbers, and how far one may be off."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Work:
     variants: list[Variant]
     size_bytes: int
     operations: int
+
+
+def installed(package: str) -> bool:
+    """Whether a peer is there. One that is and can't be imported is an error."""
+    return importlib.util.find_spec(package) is not None
 
 
 def copies(each_bytes: int) -> int:
