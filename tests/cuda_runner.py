@@ -113,7 +113,7 @@ def _poisoned(output: Output, m: int) -> Any:
 
     shape = tuple(m if d == "m" else int(d) for d in output.shape)
     dtype = getattr(torch, output.dtype)
-    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max // 2 + 1
+    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min // 2
     return torch.full(shape, value, dtype=dtype, device="cuda")
 
 

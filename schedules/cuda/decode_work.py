@@ -114,6 +114,8 @@ class WorkReader:
         self.count = self.work[0, 0] * self.blocks.units
         self.at = self.block - self.grid
         if self.block >= self.count:
+            # No keys from 0 to 0. What stands behind the list is anything, and might read as keys below 0.
+            self.following[FIRST] = 0
             self.following[END] = 0
         self.take()
 
