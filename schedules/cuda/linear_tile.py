@@ -135,11 +135,9 @@ def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target
     small_s = _PER_TOKENS_S / tile.tokens + _PER_ROWS_S / (64 * tile.bands) - _SAVED_S
     each = operations * max(_LEAST_OPERATION_S, small_s)
     if m_max <= tile.tokens:
-        each = (
-            tile.rows * depth * 2 / _WEIGHT_BYTES if m_max <= 64 else max(each, tile.rows * depth * 2 / _WEIGHT_BYTES)
-        )
+        fetch = tile.rows * depth * 2 / _WEIGHT_BYTES
+        each = fetch if m_max <= 64 else max(each, fetch)
     bandwidth = (target.bandwidth_gbs or 3000.0) * 1e9
-    stalls = 1.08 if tile.stages < 4 else 1.0  # a shallow ring runs dry
-    return (
-        stalls * max(turns * beside * each, rows * depth * 2 / bandwidth) + (turns + max(0, tile.bands - 2)) * _TURN_S
-    )
+    stalls = {2: 1.6, 3: 1.08}.get(tile.stages, 1.0)  # a shallow ring runs dry
+    whole = stalls * max(turns * beside * each, rows * depth * 2 / bandwidth)
+    return whole + (turns + max(0, tile.bands - 2)) * _TURN_S
