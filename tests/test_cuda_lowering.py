@@ -1,0 +1,62 @@
+"""A model lowered for Hopper: every operator of a step has a kernel, and kernels are written down when asked for."""
+
+from pathlib import Path
+
+import pytest
+import tvm
+
+from tests.checkpoints import make_checkpoint
+from tests.test_model_cuda import SIZES
+from tilewright.compiler.build import lower, weight_formats
+from tilewright.compiler.describe import references, split_kernels
+from tilewright.compiler.frontends import load_checkpoint
+from tilewright.compiler.options import Options
+from tilewright.compiler.targets import RECORDS
+from tilewright.schedules.base import Deferred, KernelCall, deferred
+from tilewright.schedules.order import Chooser
+
+CHOOSE = Chooser(RECORDS["nvidia-h100"])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+def scheduled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tvm.IRModule:
+    source = make_checkpoint(tmp_path_factory.mktemp("model"), request.param, **SIZES)
+    return lowered(source)
+
+
+def lowered(source: Path) -> tvm.IRModule:
+    checkpoint = load_checkpoint(str(source))
+    options = Options(RECORDS["nvidia-h100"], max_batch=16, max_tokens=128)
+    return lower(checkpoint, weight_formats(checkpoint, options), options, lambda _: None, CHOOSE)
+
+
+def test_nothing_runs_by_its_reference_body(scheduled: tvm.IRModule) -> None:
+    assert references(scheduled) == ()
+
+
+def test_kernels_are_written_when_asked_for(scheduled: tvm.IRModule) -> None:
+    _, kernels = split_kernels(scheduled)
+    waiting = {name: func for name, func in kernels.items() if "tw.call" in func.attrs}
+    assert len(waiting) == len(kernels)
+    name, func = next(item for item in waiting.items() if item[0].startswith("rms_norm"))
+    assert len(func.params) == 0
+    written = CHOOSE.written(func)
+    assert len(written.params) == 3  # x, weight, y
+    assert str(written.attrs["global_symbol"]) == name
+
+
+def test_equal_keys_are_one_kernel() -> None:
+    calls: list[int] = []
+
+    @deferred
+    def make(rows: int) -> int:
+        calls.append(rows)
+        return rows
+
+    one, same, other = make(3), make(3), make(4)
+    assert isinstance(one, Deferred)
+    assert one == same != other
+    assert one.content == same.content != other.content
+    assert calls == []
+    assert KernelCall(other, (), ()).written() == 4
+    assert calls == [4]
