@@ -28,9 +28,10 @@ from tvm.tirx.cuda.lang import MBarrier, PipelineState, SMEMPool, TMABar
 from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import KernelCall, Output, Reject, deferred
+from tilewright.schedules.cuda.attention_spec import refuse_attention
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.prefill_plan import WORK, WORK_ROW, plan_call
-from tilewright.schedules.cuda.prefill_rows import CHUNK, WGMMA_DTYPES, Products, Rows
+from tilewright.schedules.cuda.prefill_rows import CHUNK, Products, Rows
 
 _SWIZZLE_128 = 3  # CUtensorMapSwizzle
 _L2_128 = 2  # CUtensorMapL2promotion
@@ -85,22 +86,9 @@ class PrefillTile:
 
 def refuse_prefill(spec: PagedAttentionSpec, target: Target) -> Reject | None:
     """Why prompts' attention has no kernel here; None where it has."""
-    attention, kv = spec.attention, spec.kv
     if not (target.has("tma") and target.has("wgmma")):
         return Reject(f"{target.name} has no TMA and no wgmma, which attention of prompts is made of")
-    if not attention.causal or attention.sinks:
-        return Reject("only causal attention without sinks has a kernel for prompts")
-    if kv.k_transposed:
-        return Reject("keys are stored [dim, slot]; this kernel reads [slot, dim] (KVFormat.k_transposed)")
-    if kv.dtype not in WGMMA_DTYPES or spec.dtype != kv.dtype:
-        return Reject(f"queries of {spec.dtype} over pages of {kv.dtype}; both must be bfloat16 or both float16")
-    if attention.head_dim % 16 or not 32 <= attention.head_dim <= 256:
-        return Reject(f"head size {attention.head_dim} is not a multiple of 16 within 32..256")
-    if attention.heads % kv.kv_heads:
-        return Reject(f"{attention.heads} query heads are not a multiple of {kv.kv_heads} KV heads")
-    if attention.window is not None and attention.window < 1:
-        return Reject(f"a window of {attention.window} keys leaves a query none")
-    return None
+    return refuse_attention(spec, target)
 
 
 def prefill_space(spec: PagedAttentionSpec, target: Target) -> Sequence[PrefillTile]:

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from tilewright.compiler.composites import AttentionSpec, KVFormat
 from tilewright.schedules.cuda.decode_nodes import MASKED
-from tilewright.schedules.cuda.pairs import pack_pair
+from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair
 from tilewright.schedules.cuda.tma import ROW, ROW_BYTES
 
 STAGE_KEYS = 64
@@ -20,7 +20,6 @@ BLOCK_KEYS = 32
 
 _ALL_LANES = 0xFFFFFFFF
 _BOTH, _LOW, _HIGH = 0xFFFFFFFF, 0x0000FFFF, 0xFFFF0000
-_TYPES = {"bfloat16": "bf16", "float16": "f16"}
 _LOAD = "ldmatrix.sync.aligned.m8n8.x4.{}shared.b16"
 
 
@@ -88,7 +87,7 @@ class WarpBlock:
         self.dtype, self.exponent, self.steps = kv.dtype, exponent(attention), kv.head_dim // 16
         self.capped = attention.soft_cap is not None
         self.cap_scale = 2 * math.log2(math.e) * attention.scale / (attention.soft_cap or math.inf)  # 0 without a cap
-        kind = _TYPES[kv.dtype]
+        kind = PTX_TYPES[kv.dtype]
         self.multiply = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
         self.chunk_bytes, self.tile_bytes = layout.chunk_bytes, layout.key_bytes(16)
         self.side_bytes = layout.side_bytes

@@ -43,7 +43,7 @@ class Linear(Schedule):
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile]:
         spec = facts.spec
-        return tuple(tiles(spec.out_features, spec.in_features, facts.m_max, spec.gate is not None, target))
+        return tuple(tiles(spec.out_features, spec.in_features, facts.m_max, target))
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec

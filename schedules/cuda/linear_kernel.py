@@ -22,12 +22,9 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
-from tilewright.schedules.cuda.linear_tile import LinearTile
-from tilewright.schedules.cuda.pairs import pack_pair, unpack_pair
+from tilewright.schedules.cuda.linear_tile import STAGING_PITCH, STAGING_TOKENS, LinearTile
+from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair, unpack_pair
 from tilewright.schedules.cuda.tma import EVICT_FIRST, EVICT_LAST, ROW, load_tile, tensor_map
-
-_TYPES = {"bfloat16": "bf16", "float16": "f16"}
-_PITCH = 24  # elements between tokens in a warp's staging area: stmatrix and 16-byte reads meet no bank twice
 
 
 @deferred
@@ -38,10 +35,8 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     gated, outs = spec.gate is not None, n // 2 if spec.gate else n
     rows, tokens, depth, stages, cluster = tile.rows, tile.tokens, tile.depth, tile.stages, tile.cluster
     chunks, steps = depth // ROW, -(-k // depth)
-    bands = -(-rows // 64)  # consumer warpgroups
+    bands, wide, threads = tile.bands, tile.wide, tile.threads
     consumers = 128 * bands
-    wide = bands * tokens > 384  # more accumulators than an even share of the registers holds
-    threads = consumers + (128 if wide else 32)
     row_blocks = -(-n // (rows * cluster))  # in clusters
     clusters = tile.blocks // cluster
     accumulators = tokens // 2
@@ -51,7 +46,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     mask = (1 << cluster) - 1 if cluster > 1 else 0
     policy = EVICT_FIRST if tile.weights_once else 0
     x_policy = EVICT_LAST if tile.weights_once else 0
-    kind = _TYPES[spec.dtype]
+    kind = PTX_TYPES[spec.dtype]
     multiply = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}"
     group = tile.group
     pdl = target.has("pdl")
@@ -108,7 +103,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         w_ring = pool.alloc((stages * chunks * rows, ROW), spec.dtype, align=1024)
         x_ring = pool.alloc((stages * chunks * tokens, ROW), spec.dtype, align=1024)
         pool.alloc((tile.overread_bytes,), "uint8")
-        staging = pool.alloc((4 * bands, 16, _PITCH), spec.dtype, align=128)
+        staging = pool.alloc((4 * bands, STAGING_TOKENS, STAGING_PITCH), spec.dtype, align=128)
         full = TMABar(pool, stages)
         empty = MBarrier(pool, stages)
         pool.commit()

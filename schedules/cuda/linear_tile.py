@@ -10,7 +10,8 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.cuda.tma import ATOM_BYTES, ROW, ROW_BYTES
 
 BARRIER_BYTES = 1024  # barriers and the alignment of what precedes them
-WARP_STAGING_BYTES = 16 * 24 * 2
+STAGING_TOKENS = 16  # that a warp stores at a time
+STAGING_PITCH = 24  # values between them in its staging area: stmatrix and 16-byte reads meet no bank twice
 REGISTERS = 65536
 _TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 
@@ -75,12 +76,12 @@ class LinearTile:
     @property
     def shared_bytes(self) -> int:
         ring = self.stages * (self.rows + self.tokens) * self.depth * 2
-        return ring + self.overread_bytes + 4 * self.bands * WARP_STAGING_BYTES + BARRIER_BYTES
+        return ring + self.overread_bytes + 4 * self.bands * STAGING_TOKENS * STAGING_PITCH * 2 + BARRIER_BYTES
 
 
-def tiles(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
+def tiles(rows: int, depth: int, m_max: int, target: Target) -> Iterator[LinearTile]:
     """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first."""
-    found = dict.fromkeys(_candidates(rows, depth, m_max, gated, target))
+    found = dict.fromkeys(_candidates(rows, depth, m_max, target))
     yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
 
 
@@ -91,7 +92,7 @@ def _preference(tile: LinearTile, rows: int, m_max: int) -> tuple[int, int]:
     return tile.bands, -tile.cluster if several or tile.tokens <= 64 else tile.cluster
 
 
-def _candidates(rows: int, depth: int, m_max: int, gated: bool, target: Target) -> Iterator[LinearTile]:
+def _candidates(rows: int, depth: int, m_max: int, target: Target) -> Iterator[LinearTile]:
     if m_max <= 64:
         tokens = next(t for t in _TOKENS if t >= m_max)
         shapes = [(height, tokens, 1) for height in (*range(16, 129, 16), 160, 192, 224, 256)]

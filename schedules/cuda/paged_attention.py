@@ -13,10 +13,10 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.attention_decode import DecodeTile, decode_kernel
 from tilewright.schedules.cuda.attention_prefill import PrefillTile, prefill_calls, prefill_space, refuse_prefill
+from tilewright.schedules.cuda.attention_spec import refuse_attention
 from tilewright.schedules.cuda.decode_plan import plan_kernel
 from tilewright.schedules.cuda.decode_work import COUNTERS, PARTIALS, WORK, HeadBlocks, plan_outputs
 
-_DTYPES = ("bfloat16", "float16")
 _MAX_STAGES = 8
 
 
@@ -44,7 +44,7 @@ class PagedAttention(Schedule):
 
     def match(self, call: Call, target: Target) -> Facts | Reject:
         facts = Facts(call.spec, call.m, call.m_max)
-        refusal = _refuse_decode(call.spec, target)
+        refusal = refuse_attention(call.spec, target)
         if refusal is None and call.m is None:
             refusal = refuse_prefill(call.spec, target)
         if refusal is None and not self.space(facts, target):
@@ -73,26 +73,6 @@ class PagedAttention(Schedule):
         if tile.prefill is not None:
             kernels += prefill_calls(spec, tile.prefill, target, m_max)
         return Lowering(tuple(kernels), ("out",))
-
-
-def _refuse_decode(spec: PagedAttentionSpec, target: Target) -> Reject | None:
-    """Why generated tokens' attention has no kernel here; None where it has."""
-    attention, kv = spec.attention, spec.kv
-    if not target.has("tma"):
-        return Reject(f"{target.name} has no TMA, which gathers the pages")
-    if not attention.causal or attention.sinks:
-        return Reject("only causal attention without sinks has a CUDA kernel")
-    if kv.k_transposed:
-        return Reject("keys are stored [dim, slot]; the CUDA kernel reads [slot, dim] (KVFormat.k_transposed)")
-    if kv.dtype not in _DTYPES or spec.dtype != kv.dtype:
-        return Reject(f"queries of {spec.dtype} over pages of {kv.dtype}; both must be bfloat16 or both float16")
-    if attention.head_dim % 16 or not 32 <= attention.head_dim <= 256:
-        return Reject(f"head size {attention.head_dim} is not a multiple of 16 within 32..256")
-    if attention.heads % kv.kv_heads:
-        return Reject(f"{attention.heads} query heads are not a multiple of {kv.kv_heads} KV heads")
-    if attention.window is not None and attention.window < 1:
-        return Reject(f"a window of {attention.window} keys leaves a query none")
-    return None
 
 
 def _decode_space(facts: Facts, target: Target) -> list[DecodeTile]:

@@ -1,15 +1,15 @@
-"""Two 16-bit floats in a 32-bit register."""
+"""16-bit floats: what PTX calls them, and two in a 32-bit register."""
 
 from typing import Any
 
 from tvm.script import tirx as T
 
-_ROUND = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
+PTX_TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def pack_pair(register: Any, low: Any, high: Any, dtype: str) -> Any:
     """Rounds two float32 values into a register, `low` in its low half."""
-    return T.ptx[_ROUND[dtype]](register, high, low)
+    return T.ptx[f"cvt.rn.{PTX_TYPES[dtype]}x2.f32"](register, high, low)
 
 
 def unpack_pair(register: Any, half: Any, dtype: str) -> Any:

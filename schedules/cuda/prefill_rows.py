@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from tilewright.compiler.composites import PagedAttentionSpec
+from tilewright.schedules.cuda.pairs import PTX_TYPES
 
 CHUNK = 64  # elements of a head's dimension that lie side by side in shared memory: the 128 bytes of a swizzle
 MASKED = -float(2**100)  # a power of two: MASKED * scale is exact, and fma(MASKED, scale, -(MASKED * scale)) is 0
-WGMMA_DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 _ALL_LANES = 0xFFFFFFFF
 _LOG2E = math.log2(math.e)
@@ -58,12 +58,12 @@ class Products:
 
     @property
     def score(self) -> str:
-        short = WGMMA_DTYPES[self.dtype]
+        short = PTX_TYPES[self.dtype]
         return f"wgmma.mma_async.sync.aligned.m64n{self.keys}k16.f32.{short}.{short}"
 
     @property
     def value(self) -> str:
-        short = WGMMA_DTYPES[self.dtype]
+        short = PTX_TYPES[self.dtype]
         return f"wgmma.mma_async.sync.aligned.m64n{self.head_dim}k16.f32.{short}.{short}"
 
 
@@ -79,7 +79,7 @@ class Rows:
         # exp(x) = 2^(x * log2(e)). A soft cap is cap * tanh(x / cap) = cap - 2 cap / (1 + 2^(x * 2 log2(e) / cap)).
         self.scale = _LOG2E if self.cap else attention.scale * _LOG2E
         self.cap_scale = attention.scale * 2 * _LOG2E / self.cap if self.cap else 0.0
-        self.to_short = f"cvt.rn.{WGMMA_DTYPES[spec.dtype]}x2.f32"
+        self.to_short = f"cvt.rn.{PTX_TYPES[spec.dtype]}x2.f32"
         self.first_row, self.row, self.quad = first_row, first_row + warp * 16 + lane // 4, lane % 4
         self.scores = T.alloc_local([self.keys // 2], "float32")
         self.weights = T.alloc_local([self.keys // 4], "uint32")

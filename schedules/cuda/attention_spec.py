@@ -1,0 +1,26 @@
+"""Which attention over pages the kernels of Hopper GPUs can do, of prompts and of generated tokens alike."""
+
+from tilewright.compiler.composites import PagedAttentionSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import Reject
+from tilewright.schedules.cuda.pairs import PTX_TYPES
+
+
+def refuse_attention(spec: PagedAttentionSpec, target: Target) -> Reject | None:
+    """Why it has no kernel here; None where it has."""
+    attention, kv = spec.attention, spec.kv
+    if not target.has("tma"):
+        return Reject(f"{target.name} has no TMA, which gathers the pages")
+    if not attention.causal or attention.sinks:
+        return Reject("only causal attention without sinks has a CUDA kernel")
+    if kv.k_transposed:
+        return Reject("keys are stored [dim, slot]; the CUDA kernel reads [slot, dim] (KVFormat.k_transposed)")
+    if kv.dtype not in PTX_TYPES or spec.dtype != kv.dtype:
+        return Reject(f"queries of {spec.dtype} over pages of {kv.dtype}; both must be bfloat16 or both float16")
+    if attention.head_dim % 16 or not 32 <= attention.head_dim <= 256:
+        return Reject(f"head size {attention.head_dim} is not a multiple of 16 within 32..256")
+    if attention.heads % kv.kv_heads:
+        return Reject(f"{attention.heads} query heads are not a multiple of {kv.kv_heads} KV heads")
+    if attention.window is not None and attention.window < 1:
+        return Reject(f"a window of {attention.window} keys leaves a query none")
+    return None
