@@ -373,11 +373,10 @@ def test_bench_times_nothing_that_is_wrong(run, loaded, artifact, quick_bench, m
     assert file.read_text() == ""
 
 
-def test_doctor_says_what_there_is(run, monkeypatch):
-    monkeypatch.setattr("tilewright.measure.read_bandwidth_gbs", lambda threads: 12.34)
-    code, out, err = run("doctor", "--measure")
+def test_doctor_says_what_there_is(run):
+    code, out, err = run("doctor")
     assert (code, err) == (0, "")
-    assert host.processor() in out and "12.3 GB/s" in out
+    assert host.processor() in out
     assert re.search(r"^apache-tvm +0\.27", out, re.M)
     assert re.search(r"^nvidia-h100 +yes +(yes|no: )", out, re.M)
 

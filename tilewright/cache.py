@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,7 +42,7 @@ def cached_path(model: str) -> Path:
     """Where the artifact of `model` for this machine, with every option at its default, is kept."""
     key = {
         "model": list(_identity(model)),
-        "target": asdict(resolve_target("auto")),
+        "target": repr(resolve_target("auto")),
         "compiler": _compiler(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What `doctor` finds out: the machine, what it can compile for and run, and what is missing."""
+"""What `doctor` finds out: the machine, what it can compile for and run, what is missing, and what was measured."""
 
 import os
 import re
@@ -7,11 +7,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from tilewright import console
 from tilewright.compiler import env
 from tilewright.compiler.errors import TargetError
-from tilewright.compiler.targets import RECORDS, compile_obstacle, cpu, cuda, host, run_obstacle
+from tilewright.compiler.targets import RECORDS, compile_obstacle, cpu, cuda, device_name, host, measured, run_obstacle
+
+if TYPE_CHECKING:
+    from tilewright.measure import Figures
 
 # Looked for by the linker (compiler/codegen/program.py), in this order.
 C_COMPILERS = ("cc", "gcc", "clang")
@@ -47,22 +51,48 @@ class Ability:
     run_obstacle: str
 
 
-def machine(measure: bool = False) -> dict[str, str]:
-    """What is here, by name. `measure` takes a few seconds to time the memory."""
+def machine() -> dict[str, str]:
+    """What is here, by name, and what was measured of it."""
     memory = host.memory_bytes()
-    facts = {
+    return {
         "processor": host.processor(),
         "architecture": host.arch(),
         "features": ", ".join(host.features()) or "none that kernels use",
         "cores": str(host.cores()),
         "memory": console.size(memory) if memory else "unknown",
+        "memory measured": _measured("cpu"),
         "GPU": _gpus(),
+        "GPU measured": _measured("cuda"),
     }
-    if measure:
-        from tilewright.measure import read_bandwidth_gbs
 
-        facts["memory bandwidth"] = f"{read_bandwidth_gbs(host.cores()):.1f} GB/s read by {host.cores()} threads"
-    return facts
+
+def measure() -> "tuple[list[Figures], TargetError | None]":
+    """Measures what is here and keeps it. Returns the figures, and why not all could be measured."""
+    from tilewright.measure import measure_gpu, measure_processor
+
+    figures = [measure_processor()]
+    try:
+        gpu = measure_gpu()
+    except TargetError as error:
+        return figures, error
+    return [*figures, *([gpu] if gpu else [])], None
+
+
+def _measured(kind: str) -> str:
+    """What is known of this machine's processor or GPU, and since when."""
+    device = device_name(kind)
+    if device is None:
+        return "none"
+    try:
+        found = measured.read(device)
+    except TargetError as error:
+        return str(error)
+    if found is None:
+        return "not yet: tilewright doctor --measure"
+    rates = [f"{found.ceilings.bandwidth_gbs:.4g} GB/s read"]
+    if found.ceilings.matrix_tops is not None:
+        rates.append(f"{found.ceilings.matrix_tops:.4g} TFLOP/s in bfloat16")
+    return f"{', '.join(rates)}, on {found.date}"
 
 
 def abilities() -> list[Ability]:

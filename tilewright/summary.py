@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tilewright import console
 from tilewright.compiler.artifact import COSTS, Artifact, Manifest
+from tilewright.compiler.targets import measured_here, target_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,39 @@ class StepFloor:
 
     def bytes(self, rows: int = 1) -> int:
         return self.bytes_fixed + rows * self.bytes_per_row
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The ceilings that turn floors into time: GB/s read, and 10^12 operations a second where known. source: whose."""
+
+    bandwidth_gbs: float
+    matrix_tops: float | None
+    source: str
+
+    def us(self, count_bytes: float, operations: float = 0) -> float:
+        """The least time of a call that moves so many bytes and computes so much."""
+        computing = operations / (self.matrix_tops * 1e6) if self.matrix_tops else 0.0
+        return max(count_bytes / (self.bandwidth_gbs * 1e3), computing)
+
+    def __str__(self) -> str:
+        rates = [f"{self.bandwidth_gbs:.4g} GB/s"]
+        if self.matrix_tops:
+            rates.append(f"{self.matrix_tops:.4g} TFLOP/s")
+        return f"{' and '.join(rates)}, {self.source}"
+
+
+def rates_of(manifest: Manifest) -> Rates | None:
+    """What was measured here, where this is a machine for the artifact, else what its target's record says; None where
+    neither is known. Raises TargetError where the measured figures are damaged."""
+    target = target_of(manifest.target)
+    found = measured_here(target)
+    if found is not None:
+        here = found.of(target)
+        return Rates(found.ceilings.bandwidth_gbs, here.matrix_tops, f"measured here on {found.date}")
+    if target.bandwidth_gbs is None:
+        return None
+    return Rates(target.bandwidth_gbs, target.matrix_tops, f"the record of {target.name}")
 
 
 def decode_floor(artifact: Artifact) -> StepFloor:
@@ -52,6 +86,7 @@ def manifest_table(artifact: Artifact) -> Table:
     """What the artifact is: model, target, limits, provenance."""
     manifest = artifact.manifest
     table = console.table(manifest.name, "", "")
+    rates = rates_of(manifest)
     rows = {
         "place": artifact.path,
         "size": console.size(artifact.bytes),
@@ -64,6 +99,7 @@ def manifest_table(artifact: Artifact) -> Table:
             for bucket in manifest.buckets
         ),
         "floor": _floor_words(artifact),
+        **({"ceilings": str(rates)} if rates else {}),
         **{f"from {key}": value for key, value in sorted(manifest.provenance.items())},
     }
     for name, value in rows.items():
@@ -72,12 +108,14 @@ def manifest_table(artifact: Artifact) -> Table:
 
 
 def kernel_table(manifest: Manifest) -> Table:
-    """Every kernel (its schedule's name and a digest) with its tile, its calls in each step, and the floor of one call.
+    """Every kernel (its schedule's name and a digest) with its tile, its calls in each step, and the floor of one call:
+    in bytes and operations, and in microseconds for one row where the machine's ceilings are known.
 
     A call of several kernels has its floor at the last one.
     """
     steps = [bucket.function for bucket in manifest.buckets]
-    numeric = (*(f"in {step}" for step in steps), "bytes", "+ a row", "op. a row")
+    rates = rates_of(manifest)
+    numeric = (*(f"in {step}" for step in steps), "bytes", "+ a row", "op. a row", *(["us, one row"] if rates else []))
     table = console.table("Kernels", "kernel", "tile", *numeric, numeric=numeric)
     table.columns[0].no_wrap = True  # a name to search the dump for
     for kernel in manifest.kernels:
@@ -89,8 +127,15 @@ def kernel_table(manifest: Manifest) -> Table:
             console.size(floor["bytes_fixed"]) if floor else "",
             console.size(floor["bytes_per_row"]) if floor else "",
             console.amount(floor["flops_per_row"]) if floor else "",
+            *([_least_us(rates, floor)] if rates else []),
         )
     return table
+
+
+def _least_us(rates: Rates, floor: Mapping[str, int]) -> str:
+    if not floor:
+        return ""
+    return f"{rates.us(floor['bytes_fixed'] + floor['bytes_per_row'], floor['flops_per_row']):.3g}"
 
 
 def memory_table(manifest: Manifest) -> Table:
@@ -104,8 +149,9 @@ def memory_table(manifest: Manifest) -> Table:
 
 
 def _floor_words(artifact: Artifact) -> str:
-    floor = decode_floor(artifact)
-    return f"{console.size(floor.bytes())} and {console.amount(floor.flops_per_row)} operations for a decoded token"
+    floor, rates = decode_floor(artifact), rates_of(artifact.manifest)
+    words = f"{console.size(floor.bytes())} and {console.amount(floor.flops_per_row)} operations for a decoded token"
+    return f"{words}, {rates.us(floor.bytes(), floor.flops_per_row) / 1e3:.3g} ms" if rates else words
 
 
 def _target(manifest: Manifest) -> str:

@@ -17,7 +17,7 @@ from tilewright.compiler.targets import host
 from tilewright.measure import read_bandwidth_gbs
 from tilewright.runtime.types import Completion, SamplingParams
 from tilewright.session import Session
-from tilewright.summary import decode_floor
+from tilewright.summary import decode_floor, rates_of
 
 PROMPTS = (32, 128, 512, 2048)  # tokens, for latency
 STREAMS = (1, 2, 4, 8, 16)  # for throughput
@@ -35,7 +35,7 @@ def latency(session: Session, artifact: Artifact) -> list[Row]:
     """
     context = session.model.limits.max_context
     lengths = [n for n in PROMPTS if n + ANSWER <= context] or [max(1, context - ANSWER)]
-    floor_ms = decode_floor(artifact).bytes() / read_bandwidth_gbs(session.model.threads) / 1e6
+    floor_ms = decode_floor(artifact).bytes() / _bandwidth_gbs(session, artifact) / 1e6
     rows: list[Row] = []
     for length in lengths:
         prompts = random_prompts(session, ROUNDS + 1, length)
@@ -54,6 +54,18 @@ def latency(session: Session, artifact: Artifact) -> list[Row]:
             }
         )
     return rows
+
+
+def _bandwidth_gbs(session: Session, artifact: Artifact) -> float:
+    """Of the memory that the model runs from: a processor's is read now, by as many threads as the model has."""
+    if artifact.manifest.target["kind"] == "cpu":
+        return read_bandwidth_gbs(session.model.threads)
+    rates = rates_of(artifact.manifest)
+    if rates is None:
+        raise UserError(
+            "this GPU's memory was not measured yet, and `of floor` needs it; run tilewright doctor --measure"
+        )
+    return rates.bandwidth_gbs
 
 
 def throughput(session: Session, artifact: Artifact) -> list[Row]:

@@ -3,11 +3,14 @@
 A new target is one frozen record in cpu.py or cuda.py. No other code compares names.
 """
 
+from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from tilewright.compiler.errors import TargetError
-from tilewright.compiler.targets import cpu, cuda, host
+from tilewright.compiler.targets import cpu, cuda, host, measured
 from tilewright.compiler.targets.base import Target
+from tilewright.compiler.targets.measured import Measured
 
 RECORDS: dict[str, Target] = {record.name: record for record in (*cpu.RECORDS, *cuda.RECORDS)}
 
@@ -35,12 +38,40 @@ def find_target(name: str) -> Target:
 
 
 def resolve_target(name: str = "auto") -> Target:
-    """As `find_target`, for compiling: TargetError too where no code for the record can be generated here."""
+    """As `find_target`, for compiling: the machine at hand with the ceilings that were measured on it.
+
+    Raises TargetError too where no code for the record can be generated here, or the measured figures are damaged.
+    """
     target = find_target(name)
     obstacle = compile_obstacle(target)
     if obstacle:
         raise TargetError(f"compiling for {target.name} is not possible: {obstacle}")
-    return target
+    found = measured_here(target)
+    return found.of(target) if found and name in ("auto", *_HERE) else target
+
+
+def target_of(about: Mapping[str, Any]) -> Target:
+    """The target of an artifact, as its manifest tells it: a record, or what a CPU was compiled for as "cpu"."""
+    if about["name"] in RECORDS:
+        return RECORDS[about["name"]]
+    return Target(about["name"], about["kind"], about["arch"], tuple(about["features"]))
+
+
+def measured_here(target: Target) -> Measured | None:
+    """What was measured on this machine's device of the target's kind; None where nothing was, or where code for the
+    target does not run on it. Raises TargetError where the figures are damaged."""
+    if run_obstacle(target):
+        return None
+    device = device_name(target.kind)
+    return measured.read(device) if device else None
+
+
+def device_name(kind: str) -> str | None:
+    """What figures of this machine's processor, or of its first GPU, are kept under; None without a GPU."""
+    if kind == "cpu":
+        return f"{host.processor()}, {host.cores()} cores"
+    driver = cuda.find_driver()
+    return driver.devices[0].name if driver and driver.devices else None
 
 
 def compile_obstacle(target: Target) -> str | None:

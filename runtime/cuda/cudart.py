@@ -6,7 +6,7 @@ words; an error of a kernel comes out of whatever call follows it.
 
 import ctypes
 import importlib.util
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaEventCreateWithFlags": (c_void_p, c_uint),
     "cudaEventRecord": (c_void_p, c_void_p),
     "cudaEventQuery": (c_void_p,),
+    "cudaEventSynchronize": (c_void_p,),
+    "cudaEventDestroy": (c_void_p,),
+    "cudaEventElapsedTime": (c_void_p, c_void_p, c_void_p),
     "cudaGraphInstantiate": (c_void_p, c_void_p, c_ulonglong),
     "cudaGraphDestroy": (c_void_p,),
     "cudaGraphExecDestroy": (c_void_p,),
@@ -116,6 +119,23 @@ class Cudart:
         if code not in (0, _NOT_READY):
             raise self._error("cudaEventQuery", code)
         return code == 0
+
+    def timer(self) -> int:
+        """An event that knows when it was reached, for `elapsed_ms`."""
+        return self._make("cudaEventCreateWithFlags", 0)
+
+    def drop_event(self, event: int) -> None:
+        self._library.cudaEventDestroy(event)
+
+    def wait(self, event: int) -> None:
+        """Until all before the event's last record is done, however long it takes."""
+        self._call("cudaEventSynchronize", event)
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """Milliseconds on the GPU from one timer to another; both have been reached."""
+        taken = c_float()
+        self._call("cudaEventElapsedTime", byref(taken), start, end)
+        return taken.value
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
