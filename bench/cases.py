@@ -53,8 +53,10 @@ SMOLLM2 = "smollm2-135m"
 STEP = Case("step", "one step of decoding, greedy, all streams running", "ms")
 FIRST = Case("first", "one prompt, submission to first token", "ms")
 CHAT = Case("chat", "1000 requests of chat-like lengths at once", "tokens/s", higher=True)
-START = Case("start", "fresh interpreter to first token", "s")
-MODEL_CASES = {c.name: c for c in (STEP, FIRST, CHAT, START)}
+START = Case("start", "start of a process to the first token of a prompt of one, files in the system's cache", "s")
+HOST = Case("host", "an eager step of 64 mixed tokens: the host's time for each kernel", "us")
+IDLE = Case("idle", "share of the time between decode steps of one stream in which the GPU runs none", "%")
+MODEL_CASES = {c.name: c for c in (STEP, FIRST, CHAT, START, HOST, IDLE)}
 
 
 @dataclass(frozen=True)

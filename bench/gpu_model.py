@@ -1,4 +1,5 @@
-"""Whole models on a GPU: step times, time to first token, throughput, start. An artifact with random weights will do.
+"""Whole models on a GPU: step times, time to first token, throughput, start, and what the host adds. An artifact with
+random weights will do.
 
 What is timed is what a caller of the engine sees. Before anything is timed, requests must get the tokens beside others
 that they get alone.
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gpu_step
 import numpy as np
+from cases import MODEL_CASES
 
 BATCHES = (1, 4, 16, 64, 128, 256)
 BATCH_PROMPT = {1: 128}  # tokens before the first drawn one; 512 for all other batches
@@ -24,27 +27,39 @@ Add = Callable[..., None]  # (case, samples, **facts)
 
 
 def time_model(artifact: str, add: Add, wanted: set[str], requests: int = REQUESTS) -> None:
-    """Every case of `wanted`, of the kinds step, first, chat and start."""
+    """Every case of `wanted`, which are names of MODEL_CASES."""
     import tilewright
     from tilewright import Engine
 
-    start = time.perf_counter()
+    if "start" in wanted:  # before this process takes the GPU's memory
+        time_start(artifact, add)
+    if not wanted - {"start"}:
+        return
     model = tilewright.load(artifact)
-    loaded_s = time.perf_counter() - start
     with Engine(model) as engine:
         check(engine, model.limits)
         if "step" in wanted:
             for batch in BATCHES:
                 if batch <= model.limits.max_batch:
                     time_step(engine, model.limits, batch, add)
+        if "idle" in wanted:
+            time_idle(engine, model, add)
         if "first" in wanted:
             for length in PROMPTS:
                 if length + 2 <= model.limits.max_context:
                     time_first(engine, model.limits, length, add)
         if "chat" in wanted:
             time_chat(engine, model.limits, add, requests)
-    if "start" in wanted:
-        time_start(artifact, add, loaded_s)
+    if "host" in wanted:  # without an engine, whose pages it writes to
+        samples, facts = gpu_step.host_us(model)
+        add("host", samples, **facts)
+
+
+def time_idle(engine: Any, model: Any, add: Add) -> None:
+    """The GPU's idle time between steps of one stream."""
+    [prompt] = _prompts(model.limits, [BATCH_PROMPT[1]], 3)
+    samples, facts = gpu_step.idle_percent(engine, model, prompt, _params(gpu_step.IDLE_STEPS))
+    add("idle", samples, **facts)
 
 
 def _params(tokens: int) -> Any:
@@ -130,22 +145,32 @@ def time_chat(engine: Any, limits: Any, add: Add, requests: int) -> None:
     add("chat", [drawn / seconds], requests=requests, mean_in=float(ins.mean()), mean_out=float(outs.mean()))
 
 
-def time_start(artifact: str, add: Add, first_s: float) -> None:
-    """Seconds from a fresh interpreter to the first token."""
-    code = f"""
-import time; start = time.perf_counter()
+_START = """
+import time
 from tilewright import Engine, SamplingParams, load
-with Engine(load({artifact!r})) as engine:
-    engine.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-print(time.perf_counter() - start)
+model = load({artifact!r})
+with Engine(model) as engine:
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    next(engine.stream_sync([5], params))
+    print(time.monotonic(), model.load_s)
 """
-    samples = []
-    for _ in range(2):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def time_start(artifact: str, add: Add) -> None:
+    """Seconds from before a process is made to the first token of a prompt of one token. All processes share the clock.
+    The first one only brings the files into the system's cache."""
+    samples, loads = [], []
+    for i in range(4):
+        start = time.monotonic()
+        command = [sys.executable, "-c", _START.format(artifact=artifact)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(result.stderr)
-        samples.append(float(result.stdout.split()[-1]))
-    add("start", samples, first_load_s=round(first_s, 3))
+        end, load_s = map(float, result.stdout.split()[-2:])
+        if i:
+            samples.append(end - start)
+            loads.append(load_s)
+    add("start", samples, load_s=round(statistics.median(loads), 3))
 
 
 def main() -> None:
@@ -156,7 +181,7 @@ def main() -> None:
         words = " ".join(f"{k}={v}" for k, v in facts.items())
         print(f"{case:6} {statistics.median(samples):10.3f} {spread} {words}", flush=True)
 
-    time_model(sys.argv[1], show, set(sys.argv[2:] or ("step", "first", "chat", "start")))
+    time_model(sys.argv[1], show, set(sys.argv[2:] or MODEL_CASES))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -129,3 +130,26 @@ def test_draws_are_counted_by_rank() -> None:
     assert true < MOST_ERROR
     assert frequency_error(lambda i: probabilities.argmax(-1), probabilities) > MOST_ERROR
     assert frequency_error(lambda i: logits.argmin(-1), probabilities) == float("inf")
+
+
+def test_a_mixed_step_is_one_that_the_executor_takes() -> None:
+    from gpu_step import MIXED, mixed_batch
+
+    from tests.runtime.fake import FakeModel
+    from tests.runtime.fake_cuda import fake_executor
+    from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
+    from tilewright.runtime.types import DeviceLimits
+
+    limits = DeviceLimits(256, 64, 128, page_size=16, num_pages=400, vocab_size=50, top_logprobs=3)
+    batch = mixed_batch(limits)
+    assert len(batch.tokens) == MIXED and len(batch.rows) == len(batch.kv_len) == 33
+    for name, (shape, dtype) in (STEP_INPUTS | SAMPLING_INPUTS).items():
+        array = getattr(batch, name)
+        assert str(array.dtype) == dtype and array.ndim == 1, name
+        known = {"t": 64, "b": 33, "r": 33, "b+1": 34, "r+1": 34}.get(shape)
+        assert known in (None, len(array)), name
+    assert len(set(batch.slots.tolist())) == MIXED, "two tokens of one slot"
+    pages = batch.page_indices[np.repeat(batch.page_indptr[:-1], np.diff(batch.indptr)) + batch.positions // 16]
+    assert (batch.slots == pages * 16 + batch.positions % 16).all()
+    executor, _ = fake_executor(limits, FakeModel(limits))
+    executor.launch(batch)
