@@ -53,11 +53,11 @@ class CudaRunner:
 
     def sass(self, index: int) -> str:
         """The disassembly of a kernel. Raises FileNotFoundError where nvdisasm is not installed."""
-        return _disassemble(_tool("nvdisasm"), self.cubins[index], "-c")
+        return disassemble(tool("nvdisasm"), self.cubins[index], "-c")
 
     def resources(self, index: int) -> str:
         """Registers, stack and shared memory of a kernel, as cuobjdump tells them."""
-        return _disassemble(_tool("cuobjdump"), self.cubins[index], "-res-usage")
+        return disassemble(tool("cuobjdump"), self.cubins[index], "-res-usage")
 
     def __call__(self, *arguments: Any, m: int | None = None) -> tuple[Any, ...]:
         launch, outputs = self.bind(*arguments, m=m)
@@ -124,7 +124,7 @@ def _passed(value: Any) -> Any:
 
 
 @cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """A program of NVIDIA's wheels, or of a toolkit."""
     places = [str(Path(p) / "nvidia" / "cu13" / "bin") for p in sys.path] + ["/usr/local/cuda/bin"]
     found = shutil.which(name) or next(filter(None, (shutil.which(name, path=place) for place in places)), None)
@@ -133,8 +133,8 @@ def _tool(name: str) -> str:
     return found
 
 
-def _disassemble(tool: str, cubin: bytes, *options: str) -> str:
+def disassemble(program: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([program, *options, file.name], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,149 @@
+"""Models cross-compiled for Hopper: the machine code in their artifacts is what their manifests promise.
+
+The kernels to look at come from the manifest, and all of its schedules are named here: a kernel that is renamed, or
+a new one, fails a test until somebody has said what it has to look like.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tilewright
+from tests.conftest import REAL_MODEL
+from tests.cubins import DeviceKernel, device_kernels
+from tilewright.compiler import options
+from tilewright.compiler.artifact import Artifact
+from tilewright.compiler.frontends.packages import PACKAGED_MODELS
+
+# Every schedule that a Llama's step consists of.
+SCHEDULES = {"embedding", "linear", "paged_attention", "qkv_append", "rms_norm", "sample"}
+
+# Two layers of an 8B Llama.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = LLAMA_8B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "num_hidden_layers": 30,
+    "vocab_size": 49152,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """An artifact and the device code in it."""
+
+    artifact: Artifact
+    device: Mapping[str, DeviceKernel]
+
+    def kernels(self, schedule: str | None = None) -> list[Mapping[str, Any]]:
+        """The manifest's kernels, or those of one schedule."""
+        return [k for k in self.artifact.manifest.kernels if schedule in (None, k["schedule"])]
+
+    def code(self, kernel: Mapping[str, Any]) -> DeviceKernel:
+        return self.device[f"{kernel['name']}_kernel"]
+
+    def calls(self, schedule: str, step: str) -> int:
+        return sum(k["calls"].get(step, 0) for k in self.kernels(schedule))
+
+
+@pytest.fixture(scope="module", params=["smollm2", "8b"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
+    """With two steps, since every size has tiles of its own: one decoded token, and up to 2048 of any kind."""
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:
+        few = dataclasses.replace(options.DEFAULTS["cuda"], decode_buckets=(1,), mixed_buckets=())
+        patch.setitem(options.DEFAULTS, "cuda", few)
+        model, weights = _source(request.param, folder)
+        artifact = tilewright.compile(
+            model, target="nvidia-h100", weights=weights, max_batch=1, max_tokens=2048, output=folder / "m.tw"
+        )
+    yield Compiled(artifact, device_kernels(artifact.path / "model.so"))
+
+
+def _source(name: str, folder: Path) -> tuple[str, str]:
+    """The model and its weights: SmolLM2 with its own, where they are installed."""
+    if name == "smollm2" and all(piece.installed() for piece in PACKAGED_MODELS[REAL_MODEL].pieces):
+        return REAL_MODEL, "auto"
+    (folder / "config.json").write_text(json.dumps(SMOLLM2 if name == "smollm2" else LLAMA_8B))
+    return str(folder), "random:0"
+
+
+def test_every_kernel_is_known_and_there(compiled: Compiled) -> None:
+    """None is left out of what follows, none runs by its reference body, and none is in the library by another name."""
+    assert {k["schedule"] for k in compiled.kernels()} == SCHEDULES
+    assert not [w for w in compiled.artifact.manifest.warnings if "slowly" in w]
+    names = {f"{k['name']}_kernel" for k in compiled.kernels()}
+    assert names == {n for n in compiled.device if n.startswith(tuple(SCHEDULES))}
+    layers = compiled.artifact.manifest.model["layers"]
+    for step in ("step", "step_1"):
+        counts = {schedule: compiled.calls(schedule, step) for schedule in SCHEDULES - {"paged_attention"}}
+        assert counts == {
+            "embedding": 1,
+            "linear": 4 * layers + 1,
+            "qkv_append": layers,
+            "rms_norm": 2 * layers + 1,
+            "sample": 1,
+        }
+
+
+def test_linears_multiply_by_wgmma_what_tma_loads(compiled: Compiled) -> None:
+    linears = compiled.kernels("linear")
+    assert len(linears) >= 8, "four of a layer and the logits', for one token and for many; some may be the same"
+    for kernel in linears:
+        sass = compiled.code(kernel).sass
+        assert "HGMMA" in sass and "UTMALDG" in sass, kernel["name"]
+
+
+def test_attention_multiplies_prompts_by_wgmma(compiled: Compiled) -> None:
+    """A step of any tokens has two kernels a layer, for prompts and for decoded tokens, and plans both once; a step of
+    decoded tokens has one of each."""
+    layers, attention = compiled.artifact.manifest.model["layers"], compiled.kernels("paged_attention")
+    for step, kinds in (("step", ["decode", "prefill"]), ("step_1", ["decode"])):
+        working = [compiled.code(k).sass for k in attention if k["calls"].get(step) == layers]
+        planning = [k for k in attention if k["calls"].get(step) == 1]
+        assert sorted("prefill" if "HGMMA" in sass else "decode" for sass in working) == kinds
+        assert all("UTMALDG" in sass for sass in working), "pages come by TMA"
+        assert len(planning) == len(kinds)
+        assert compiled.calls("paged_attention", step) == len(kinds) * (layers + 1), "none is overlooked"
+
+
+def test_no_kernel_spills(compiled: Compiled) -> None:
+    """Neither registers nor arrays in local memory."""
+    spilling = [
+        f"{kernel['name']}: {resources}"
+        for kernel in compiled.kernels()
+        for resources in [compiled.code(kernel).resources]
+        if resources["STACK"] or resources["LOCAL"]
+    ]
+    assert spilling == []
+
+
+def test_code_is_for_hopper_alone(compiled: Compiled) -> None:
+    """Cubins of the target, and no text that a driver would compile when the artifact is loaded."""
+    content = (compiled.artifact.path / "model.so").read_bytes()
+    assert content.count(b"-arch sm_90a") == len({k.cubin for k in compiled.device.values()})
+    assert b".target sm_90a" not in content
