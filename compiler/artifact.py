@@ -87,7 +87,7 @@ class Manifest:
     """What manifest.json holds. Sizes in bytes, lengths in tokens."""
 
     name: str
-    target: Mapping[str, Any]  # name, kind, arch, features
+    target: Mapping[str, Any]  # name, kind, arch, features; a GPU's has host, the architecture of its host code
     model: Mapping[str, Any]  # ModelConfig
     limits: Mapping[str, int]  # max_batch, max_tokens, max_context, page_size, logits_rows
     kv: Mapping[str, Any]  # KVFormat

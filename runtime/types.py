@@ -21,6 +21,10 @@ class EngineError(RuntimeError):
     """The engine is dead or was closed: its device or one of its own parts failed."""
 
 
+class DeviceError(EngineError):
+    """The GPU, or CUDA, failed."""
+
+
 # -- what a caller asks ------------------------------------------------------------------------------------------------
 
 

@@ -197,28 +197,49 @@ def test_cuda_without_a_gpu(monkeypatch):
         monkeypatch.setattr(cuda, "find_driver", lambda driver=driver: driver)
         with pytest.raises(TargetError, match="it has none; name the one to compile for: nvidia-h100, nvidia-h200"):
             targets.find_target("cuda")
+    monkeypatch.setattr(cuda, "find_driver", lambda: cuda.Driver((13, 0), (), 999))
+    with pytest.raises(TargetError, match=r"the NVIDIA driver here does not start \(error 999 of cuInit\); restart"):
+        targets.find_target("cuda")
 
 
 @pytest.mark.parametrize(
     ("driver", "sentence"),
     [
-        (None, "this machine has no NVIDIA driver"),
-        (cuda.Driver((13, 0), ()), "this machine has no NVIDIA GPU, or hides it (CUDA_VISIBLE_DEVICES)"),
+        (
+            None,
+            "this machine has no NVIDIA driver; install release 580 or newer, or compile the model for cpu",
+        ),
+        (
+            cuda.Driver((13, 0), ()),
+            "this machine has no NVIDIA GPU, or hides it; "
+            "set CUDA_VISIBLE_DEVICES to show it, or compile the model for cpu",
+        ),
+        (
+            cuda.Driver((13, 0), (), 803),
+            "the NVIDIA driver here does not start (error 803 of cuInit); "
+            "restart the machine, or install release 580 or newer",
+        ),
         (
             cuda.Driver((12, 8), (cuda.Device("NVIDIA H100", (9, 0), 132),)),
             "the NVIDIA driver here serves CUDA 12.8 and not 13.0; install release 580 or newer",
         ),
         (
             cuda.Driver((13, 1), (cuda.Device("NVIDIA A100-SXM4-80GB", (8, 0), 108),)),
-            "the GPU here, NVIDIA A100-SXM4-80GB, is sm_80, and nvidia-h100 is sm_90",
+            "the GPU here, NVIDIA A100-SXM4-80GB, is sm_80, and nvidia-h100 is sm_90; "
+            "compile the model for nvidia-a100",
+        ),
+        (
+            cuda.Driver((13, 0), (cuda.Device("NVIDIA B200", (10, 0), 148),)),
+            "the GPU here, NVIDIA B200, is sm_100, and nvidia-h100 is sm_90; compile the model for cpu",
         ),
         (
             cuda.Driver((13, 0), (cuda.Device("NVIDIA H100 PCIe", (9, 0), 114),)),
-            "the GPU here, NVIDIA H100 PCIe, has 114 multiprocessors, and nvidia-h100 has 132",
+            "the GPU here, NVIDIA H100 PCIe, has 114 multiprocessors, and nvidia-h100 has 132; "
+            "compile the model for cpu",
         ),
         (cuda.Driver((13, 2), (cuda.Device("NVIDIA H100 80GB HBM3", (9, 0), 132),)), None),
     ],
-    ids=["no_driver", "no_device", "old_driver", "other_capability", "fewer_sms", "runs"],
+    ids=["no_driver", "no_device", "dead_driver", "old_driver", "older_gpu", "newer_gpu", "fewer_sms", "runs"],
 )
 def test_what_keeps_gpu_code_from_running(monkeypatch, driver, sentence):
     monkeypatch.setattr(cuda, "find_driver", lambda: driver)
@@ -259,6 +280,14 @@ def test_the_driver_is_asked(monkeypatch):
     device = cuda.Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
     assert cuda.find_driver.__wrapped__() == cuda.Driver((13, 1), (device,))
     monkeypatch.setattr(FakeDriver, "status", 100)  # CUDA_ERROR_NO_DEVICE
+    assert cuda.find_driver.__wrapped__() == cuda.Driver((13, 1), ())
+    monkeypatch.setattr(FakeDriver, "status", 803)  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+    assert cuda.find_driver.__wrapped__() == cuda.Driver((13, 1), (), 803)
+
+
+def test_the_stand_in_that_compiles_load_is_no_driver(monkeypatch):
+    stub = cuda_toolchain._driver_stub()
+    monkeypatch.setattr(cuda, "_DRIVER", str(stub))
     assert cuda.find_driver.__wrapped__() is None
 
 
@@ -324,5 +353,8 @@ def test_what_runs_here(machine, monkeypatch):
         "cpu-x86-64-v4-vnni": "this processor lacks avx512vnni",
         "cpu-x86-64-v4-vnni-amx": "this processor lacks avx512vnni, amx_int8",
         "cpu-aarch64": "this machine is x86_64",
-        **{record.name: "this machine has no NVIDIA driver" for record in cuda.RECORDS},
+        **{
+            record.name: "this machine has no NVIDIA driver; install release 580 or newer, or compile the model for cpu"
+            for record in cuda.RECORDS
+        },
     }

@@ -1,6 +1,7 @@
 """The `tilewright` command: its subcommands, and what becomes of an error.
 
-Exit codes: 0 done; 1 a bug in tilewright; 2 bad input, with one sentence that says what to do; 130 interrupted.
+Exit codes: 0 done; 1 a bug in tilewright, or a device that failed; 2 bad input, with one sentence that says what to do;
+130 interrupted.
 """
 
 import os
@@ -17,7 +18,7 @@ from tilewright import __version__, commands, console
 from tilewright.compiler import env
 from tilewright.compiler.errors import UserError
 
-EXIT_BUG = 1
+EXIT_BUG = EXIT_DEVICE = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # The usage errors of typer, whichever copy of click it carries.
         if hasattr(error, "format_message"):
             _fail(_usage(error))
+        if _of_device(error):
+            _device_failed(error)
         _bug(error)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -106,6 +109,17 @@ def _reader_gone() -> NoReturn:
     """The reader of our output has closed it (`| head`): nothing is left to say, at exit too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def _of_device(error: BaseException) -> bool:
+    """Whether a device failed while it was used; what serves loads late, and only then there is such an error."""
+    types = sys.modules.get("tilewright.runtime.types")
+    return types is not None and isinstance(error.__cause__ or error, types.DeviceError)
+
+
+def _device_failed(error: Exception) -> NoReturn:
+    console.error(" ".join(f"{error}; nvidia-smi shows its state, and the kernel's log why".split()))
+    sys.exit(EXIT_DEVICE)
 
 
 def _bug(error: Exception) -> NoReturn:

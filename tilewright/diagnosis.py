@@ -169,8 +169,14 @@ def _cache() -> Check:
 
 def _gpu_driver() -> Check:
     driver = cuda.find_driver()
-    found = "CUDA {}.{}".format(*driver.version) if driver else "none"
-    return Check("NVIDIA driver", driver is not None, found, "optional: no GPU target can run without it")
+    if driver is None:
+        return Check("NVIDIA driver", False, "none", "optional: no GPU target can run without it")
+    served = "CUDA {}.{}".format(*driver.version)
+    if driver.failure:
+        remedy = f"does not start (error {driver.failure} of cuInit): restart the machine, or reinstall it"
+        return Check("NVIDIA driver", False, served, remedy)
+    remedy = f"too old for GPU targets: install release {cuda.DRIVER_RELEASE} or newer"
+    return Check("NVIDIA driver", driver.version >= cuda.CUDA_VERSION, served, remedy)
 
 
 def _gpus() -> str:

@@ -49,7 +49,7 @@ class _Probe:
     """Two buffers, read and written by turns so that nothing stays in the cache for the next call."""
 
     def __init__(self, target: Target, cuda: Any) -> None:
-        from tilewright.gpu_probes import BLOCKS_PER_SM, turn_bytes
+        from tilewright.compiler.codegen.cuda_probes import BLOCKS_PER_SM, turn_bytes
         from tilewright.runtime.cuda.memory import DeviceMemory
 
         self.target, self.cuda = target, cuda
@@ -58,7 +58,7 @@ class _Probe:
         self.buffers = [DeviceMemory(cuda, self.size) for _ in range(2)]
 
     def read_ms(self) -> float:
-        from tilewright.gpu_probes import THREADS, read_kernel
+        from tilewright.compiler.codegen.cuda_probes import THREADS, read_kernel
         from tilewright.runtime.cuda.memory import DeviceMemory
 
         count = self.blocks * THREADS
@@ -69,7 +69,7 @@ class _Probe:
             return self._median_ms(calls)
 
     def copy_ms(self) -> float:
-        from tilewright.gpu_probes import copy_kernel
+        from tilewright.compiler.codegen.cuda_probes import copy_kernel
 
         with self._loaded("copy", copy_kernel(self.blocks, self.size)) as function:
             return self._median_ms([self._call(function, self._words(i), self._words(1 - i)) for i in range(2)])

@@ -1,6 +1,7 @@
 """NVIDIA targets: one frozen record for each device, and what the driver says of the devices here."""
 
 import ctypes
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,12 +36,21 @@ RECORDS = (
 
 # What the cubins are made with: an older driver does not load them.
 CUDA_VERSION = (13, 0)
-_DRIVER_RELEASE = 580  # the first that serves it
+DRIVER_RELEASE = 580  # the first that serves it
+_RELEASE = f"release {DRIVER_RELEASE} or newer"
+_REPAIR = f"restart the machine, or install {_RELEASE}"
 
 _NEWEST_MAJOR = 9  # Hopper's compute capability; what comes after it has other matrix units
-_BLACKWELL = ("nvidia-b100", "nvidia-b200", "nvidia-b300", "nvidia-gb200", "nvidia-gb300", "nvidia-rtx-5090")
+# Words in names of what came next: chips, cards, and architectures as compilers name them.
+_BLACKWELL = {
+    *("blackwell", "b100", "b200", "b300", "gb10", "gb200", "gb300", "thor"),
+    *("5050", "5060", "5070", "5080", "5090"),
+    *("sm100", "sm103", "sm110", "sm120", "sm121"),
+}
+)
 
 _DRIVER = "libcuda.so.1"
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _SMS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 
 
@@ -59,10 +69,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Driver:
-    """The CUDA driver: the newest CUDA version it serves, as (13, 0), and the GPUs it shows."""
+    """The CUDA driver: the newest CUDA version it serves, as (13, 0), and the GPUs it shows. failure: the number of the
+    error with which it does not start, 0 where it does."""
 
     version: tuple[int, int]
     devices: tuple[Device, ...]
+    failure: int = 0
 
 
 def this_machine() -> Target:
@@ -71,33 +83,49 @@ def this_machine() -> Target:
     Raises TargetError where there is no GPU, or none that is supported.
     """
     driver = find_driver()
+    if driver is not None and driver.failure:
+        raise TargetError(f"target cuda means this machine's GPU, and {_dead(driver)}; {_REPAIR}")
     if driver is None or not driver.devices:
         names = ", ".join(record.name for record in RECORDS)
         raise TargetError(f"target cuda means this machine's GPU and it has none; name the one to compile for: {names}")
     device = driver.devices[0]
-    fitting = [record for record in RECORDS if _misfit(record, device) is None]
-    named = [record for record in fitting if _named(record, device)]
-    if fitting:
-        return (named or fitting)[0]
-    raise TargetError(_unsupported(device.name, device.arch, device.capability[0] > _NEWEST_MAJOR))
+    found = _record(device)
+    if found is None:
+        raise TargetError(_unsupported(device.name, device.arch, device.capability[0] > _NEWEST_MAJOR))
+    return found
 
 
 def refusal(name: str) -> str | None:
     """Why a GPU that people name, and that is no record, is not one."""
-    return _unsupported(name, "Blackwell", newer=True) if name.lower() in _BLACKWELL else None
+    plain = name.lower().replace("sm_", "sm")
+    words = re.findall("[a-z0-9]+", re.sub(r"(sm\d+)[af]\b", r"\1", plain))
+    return _unsupported(name, "Blackwell", newer=True) if _BLACKWELL & set(words) else None
 
 
 def run_obstacle(target: Target) -> str | None:
-    """Why code for `target` does not run on the first GPU here; None where it does."""
+    """Why code for `target` does not run on the first GPU here, and then what to do; None where it does."""
     driver = find_driver()
     if driver is None:
-        return "this machine has no NVIDIA driver"
-    if not driver.devices:
-        return "this machine has no NVIDIA GPU, or hides it (CUDA_VISIBLE_DEVICES)"
-    if driver.version < CUDA_VERSION:
+        found, remedy = "this machine has no NVIDIA driver", f"install {_RELEASE}, or compile the model for cpu"
+    elif driver.failure:
+        found, remedy = _dead(driver), _REPAIR
+    elif not driver.devices:
+        found = "this machine has no NVIDIA GPU, or hides it"
+        remedy = "set CUDA_VISIBLE_DEVICES to show it, or compile the model for cpu"
+    elif driver.version < CUDA_VERSION:
         has, needs = (".".join(map(str, v)) for v in (driver.version, CUDA_VERSION))
-        return f"the NVIDIA driver here serves CUDA {has} and not {needs}; install release {_DRIVER_RELEASE} or newer"
-    return _misfit(target, driver.devices[0])
+        found, remedy = f"the NVIDIA driver here serves CUDA {has} and not {needs}", f"install {_RELEASE}"
+    else:
+        device = driver.devices[0]
+        misfit, record = _misfit(target, device), _record(device)
+        if misfit is None:
+            return None
+        found, remedy = misfit, f"compile the model for {record.name if record else 'cpu'}"
+    return f"{found}; {remedy}"
+
+
+def _dead(driver: Driver) -> str:
+    return f"the NVIDIA driver here does not start (error {driver.failure} of cuInit)"
 
 
 def _misfit(target: Target, device: Device) -> str | None:
@@ -109,6 +137,13 @@ def _misfit(target: Target, device: Device) -> str | None:
     if device.sms and device.sms < target.sms:
         return f"the GPU here, {device.name}, has {device.sms} multiprocessors, and {target.name} has {target.sms}"
     return None
+
+
+def _record(device: Device) -> Target | None:
+    """The record of the device's name, or else the first whose code runs on it."""
+    fitting = [record for record in RECORDS if _misfit(record, device) is None]
+    named = [record for record in fitting if _named(record, device)]
+    return (named or fitting or [None])[0]
 
 
 def _named(record: Target, device: Device) -> bool:
@@ -124,16 +159,19 @@ def _unsupported(name: str, kind: str, newer: bool) -> str:
 
 @lru_cache(maxsize=1)
 def find_driver() -> Driver | None:
-    """The CUDA driver of this machine, None where it is absent or does not start."""
+    """The CUDA driver of this machine, None where there is none."""
     try:
         cuda = ctypes.CDLL(_DRIVER)
     except OSError:
         return None
-    count, version = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(version)) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+    count, number = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)):  # the stand-in for one that compiles load
         return None
-    major, minor = divmod(version.value, 1000)
-    return Driver((major, minor // 10), tuple(_device(cuda, i) for i in range(count.value)))
+    version = (number.value // 1000, number.value % 1000 // 10)
+    failure = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if failure:
+        return Driver(version, (), 0 if failure == _NO_DEVICE else failure)
+    return Driver(version, tuple(_device(cuda, i) for i in range(count.value)))
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> Device:

@@ -7,6 +7,7 @@ from tilewright.runtime.sizes import pool_pages
 # The rest of the memory is left to other processes, kernels, captured graphs and results of open size.
 _SHARE = 0.9
 _SHARE_ASKED = 0.97  # where the size of the pool was asked for
+_CUDAS_OWN = 1 << 30  # bytes at most that are gone before anything is allocated
 
 
 def plan_pages(manifest: Manifest, kv_tokens: int | None, weights: int, free: int, total: int) -> int:
@@ -20,18 +21,24 @@ def plan_pages(manifest: Manifest, kv_tokens: int | None, weights: int, free: in
     if room < 1:
         raise TargetError(
             f"{manifest.name} needs {_gb(fixed + page)} of GPU memory ({_gb(weights)} weights, the rest for a step and "
-            f"one page of KV cache) and {_gb(max(usable, 0))} of {_gb(total)} are free for it; end what else runs "
-            "there, take a larger GPU, or compile the model with smaller --max-tokens"
+            f"one page of KV cache) and {_gb(max(usable, 0))} of {_gb(total)} are free for it{_held(free, total)}; "
+            "end what else runs there, take a larger GPU, or compile the model with smaller --max-tokens"
         )
     pages = pool_pages(manifest, kv_tokens, room * page)
     if pages > room:
         length = min(manifest.limits["max_context"], room * tokens)
         raise TargetError(
             f"{kv_tokens} KV tokens need {_gb(pages * page)} of GPU memory and {_gb(room * page)} are left beside "
-            f"{_gb(fixed)} for weights and a step; {room} pages of {tokens} tokens fit, {room * tokens} tokens in all, "
-            f"such as {max(1, room * tokens // length)} sequences of {length}"
+            f"{_gb(fixed)} for weights and a step{_held(free, total)}; {room} pages of {tokens} tokens fit, "
+            f"{room * tokens} tokens in all, such as {max(1, room * tokens // length)} sequences of {length}"
         )
     return pages
+
+
+def _held(free: int, total: int) -> str:
+    """Words on what others hold, where that is more than CUDA itself takes."""
+    held = total - free
+    return f", since {_gb(held)} are held by other processes and CUDA itself" if held > _CUDAS_OWN else ""
 
 
 def _gb(size: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.errors import TargetError
-from tilewright.runtime.types import EngineError
+from tilewright.runtime.types import DeviceError
 
 _LIBRARY = "libcudart.so.13"
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: no waiting for the legacy stream
@@ -49,10 +49,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class DeviceError(EngineError):
-    """The GPU, or CUDA, failed."""
-
-
 class Cudart:
     """The library's calls on the first GPU that is visible."""
 
@@ -61,6 +57,7 @@ class Cudart:
 
     def __init__(self, library: Any) -> None:
         self._library = library
+        self._abandoned = False
         library.cudaGetErrorString.restype = library.cudaGetErrorName.restype = c_char_p
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
@@ -72,14 +69,20 @@ class Cudart:
         return self._make("cudaMalloc", size)
 
     def free(self, address: int) -> None:
-        self._library.cudaFree(address)  # fails only where an earlier error was told, or the process ends
+        if not self._abandoned:
+            self._library.cudaFree(address)  # fails only where an earlier error was told, or the process ends
 
     def host_malloc(self, size: int) -> int:
         """Memory of the host that the GPU reads and writes itself."""
         return self._make("cudaHostAlloc", size, 0)
 
     def host_free(self, address: int) -> None:
-        self._library.cudaFreeHost(address)
+        if not self._abandoned:
+            self._library.cudaFreeHost(address)
+
+    def abandon(self) -> None:
+        """The GPU hangs: memory is freed no more, since CUDA would first wait for what runs."""
+        self._abandoned = True
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all."""

@@ -18,15 +18,16 @@ from tilewright.compiler.errors import TargetError
 from tilewright.runtime.cuda.arena import SLOTS, Arena
 from tilewright.runtime.cuda.buckets import choose, most, padded
 from tilewright.runtime.cuda.budget import plan_pages
-from tilewright.runtime.cuda.cudart import Cudart, DeviceError, load_cudart
+from tilewright.runtime.cuda.cudart import Cudart, load_cudart
 from tilewright.runtime.cuda.graphs import StepGraph, capture
+from tilewright.runtime.cuda.machine import check_machine
 from tilewright.runtime.cuda.memory import DeviceMemory, PinnedMemory, tensor, tensor_bytes
 from tilewright.runtime.cuda.pages import HostPages, Pages
 from tilewright.runtime.cuda.results import Results
 from tilewright.runtime.cuda.weights import Weights, weights_bytes
 from tilewright.runtime.library import load_cuda_runtime
 from tilewright.runtime.sizes import device_limits
-from tilewright.runtime.types import StepBatch, StepResult
+from tilewright.runtime.types import DeviceError, StepBatch, StepResult
 
 _CPU = 1  # DLPack's device type
 _POOLED = 2  # TVM's pooled allocator
@@ -81,8 +82,17 @@ class CudaExecutor:
 
     @staticmethod
     def open(artifact: Artifact, kv_tokens: int | None) -> "CudaExecutor":
-        """Loads an artifact. Raises TargetError where the GPU is not the one, or has too little memory."""
-        _check_machine(artifact)
+        """Loads an artifact. Raises TargetError where the GPU is not the one, has too little memory, or refuses."""
+        check_machine(artifact)
+        try:
+            return CudaExecutor._open(artifact, kv_tokens)
+        except DeviceError as error:
+            raise TargetError(
+                f"{artifact.path} can't be loaded: {error}; nvidia-smi shows the GPU's state and what else uses it"
+            ) from error
+
+    @staticmethod
+    def _open(artifact: Artifact, kv_tokens: int | None) -> "CudaExecutor":
         cuda, ffi = load_cudart(), load_cuda_runtime()
         manifest = artifact.manifest
         pages = plan_pages(manifest, kv_tokens, weights_bytes(manifest.params), *cuda.memory())
@@ -170,6 +180,7 @@ class CudaExecutor:
         end_s = time.monotonic() + _WATCHDOG_S
         while not reached(event):
             if time.monotonic() > end_s:
+                self.cuda.abandon()
                 raise DeviceError(f"the GPU has not finished a step in {_WATCHDOG_S:g} seconds; it hangs")
             time.sleep(_POLL_S)
 
@@ -211,14 +222,6 @@ class CudaExecutor:
         if dtype == "bfloat16":
             return (staging.array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
         return staging.array.view(dtype).reshape(shape).copy()
-
-
-def _check_machine(artifact: Artifact) -> None:
-    from tilewright.compiler.targets import find_target, run_obstacle
-
-    obstacle = run_obstacle(find_target(artifact.manifest.target["name"]))
-    if obstacle:
-        raise TargetError(f"{artifact.path} is for {artifact.manifest.target['name']} and can't run here: {obstacle}")
 
 
 def _has(vm: Any, function: str) -> bool:

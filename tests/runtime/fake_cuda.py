@@ -36,7 +36,7 @@ class FakeCudart:
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.pending: dict[int, int] = {}  # records of each event that are not reached
         self.launches = 0
-        self.stuck = False
+        self.stuck = self.abandoned = False
         self._ids = iter(range(1, 1 << 30))
 
     def put(self, work: Callable[[], None]) -> None:
@@ -56,6 +56,9 @@ class FakeCudart:
         self.used -= len(self.blocks.pop(address)) - 64
 
     host_free = free
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
     def memory(self) -> tuple[int, int]:
         return self.total - self.used, self.total

@@ -7,12 +7,11 @@ import pytest
 
 from tests.runtime.test_cuda_executor import EagerCudart
 from tests.runtime.toy_program import LIMITS, answer, toy_artifact
-from tilewright.runtime.cuda.cudart import DeviceError
 from tilewright.runtime.cuda.executor import CudaExecutor
 from tilewright.runtime.cuda.weights import Weights
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.library import load_runtime
-from tilewright.runtime.types import SamplingParams
+from tilewright.runtime.types import DeviceError, SamplingParams
 
 
 class Served:

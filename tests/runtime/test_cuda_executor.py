@@ -20,10 +20,10 @@ from tilewright.runtime.cuda import cudart, executor, memory, weights
 from tilewright.runtime.cuda.arena import Arena, Layout, extents_of
 from tilewright.runtime.cuda.buckets import choose, padded
 from tilewright.runtime.cuda.budget import plan_pages
-from tilewright.runtime.cuda.cudart import Cudart, DeviceError
+from tilewright.runtime.cuda.cudart import Cudart
 from tilewright.runtime.library import load_runtime
 from tilewright.runtime.model import _chunks
-from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams, StepBatch
+from tilewright.runtime.types import DeviceError, DeviceLimits, EngineLimits, SamplingParams, StepBatch
 
 
 def bench_on(limits: DeviceLimits, chunk: int | None = None, **options) -> tuple[Bench, FakeCudart]:

@@ -37,7 +37,8 @@ def command(
 
 
 def _answer(obstacle: str) -> str:
-    return f"no: {obstacle}" if obstacle else "yes"
+    """The reason alone: what to do stands beside what is missing."""
+    return f"no: {obstacle.partition(';')[0]}" if obstacle else "yes"
 
 
 def _figures_table(figures: "list[Figures]") -> "Table":
