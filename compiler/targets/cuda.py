@@ -47,7 +47,6 @@ _BLACKWELL = {
     *("5050", "5060", "5070", "5080", "5090"),
     *("sm100", "sm103", "sm110", "sm120", "sm121"),
 }
-)
 
 _DRIVER = "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
