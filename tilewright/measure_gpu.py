@@ -102,10 +102,7 @@ class _Probe:
             for at in range(0, 2 * matrix, block.nbytes):
                 self.cuda.copy(buffer.address + at, block.ctypes.data, block.nbytes, 0)
         self.cuda.synchronize(0)
-        return [
-            tuple(self._tensor(b.address + i * matrix, shape, "bfloat16") for i in range(3))  # type: ignore[misc]
-            for b in self.buffers
-        ]
+        return [tuple(self._tensor(b.address + i * matrix, shape, "bfloat16") for i in range(3)) for b in self.buffers]
 
     def _words(self, buffer: int) -> Any:
         return self._tensor(self.buffers[buffer].address, (self.size // 4,), "uint32")

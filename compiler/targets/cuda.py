@@ -142,7 +142,7 @@ def _record(device: Device) -> Target | None:
     """The record of the device's name, or else the first whose code runs on it."""
     fitting = [record for record in RECORDS if _misfit(record, device) is None]
     named = [record for record in fitting if _named(record, device)]
-    return (named or fitting or [None])[0]
+    return next(iter(named or fitting), None)
 
 
 def _named(record: Target, device: Device) -> bool:
