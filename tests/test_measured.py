@@ -187,7 +187,7 @@ def test_measuring_takes_some_memory() -> None:
 
     assert _buffer_bytes(70 << 30, 80 << 30) == 2 << 30
     assert _buffer_bytes(2 << 30, 80 << 30) == int(0.4 * (2 << 30))
-    with pytest.raises(TargetError, match=r"takes 0\.67 GB of GPU memory and 0\.10 GB of 85\.90 are free; end what"):
+    with pytest.raises(TargetError, match=r"takes 1\.17 GB of GPU memory and 0\.10 GB of 85\.90 are free; end what"):
         _buffer_bytes(100_000_000, 80 << 30)
 
 

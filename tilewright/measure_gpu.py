@@ -15,7 +15,7 @@ from tilewright.compiler.targets.base import Target
 from tilewright.compiler.targets.measured import Ceilings
 
 _BUFFER_BYTES = 2 << 30  # of each of two; far above any second-level cache
-_LEAST_BUFFER_BYTES = 256 << 20
+_LEAST_BUFFER_BYTES = 448 << 20  # three matrices, and a little
 _SHARE = 0.4  # of the free memory, for each buffer
 _ROUNDS = 9
 _SIZE = 8192  # rows and columns of the matrices
