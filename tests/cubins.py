@@ -33,7 +33,7 @@ class DeviceKernel:
 
 def device_kernels(library: Path) -> dict[str, DeviceKernel]:
     """The kernels of all cubins in a library, by name. Raises FileNotFoundError where a tool is not installed."""
-    found = [kernel for cubin in cubins(library.read_bytes()) for kernel in _kernels(cubin)]
+    found = [kernel for cubin in cubins(library.read_bytes()) for kernel in kernels_of(cubin)]
     by_name = {kernel.name: kernel for kernel in found}
     assert len(by_name) == len(found), "two kernels of one name"
     return by_name
@@ -60,7 +60,8 @@ def _elf_size(content: bytes, at: int) -> int:
     return max(ends)
 
 
-def _kernels(cubin: bytes) -> Iterator[DeviceKernel]:
+def kernels_of(cubin: bytes) -> Iterator[DeviceKernel]:
+    """The kernels of one cubin."""
     told = disassemble(tool("cuobjdump"), cubin, "-res-usage")
     for name, words in re.findall(r"Function (\S+):\s+(.*)", told):
         resources = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", words)}
