@@ -225,6 +225,22 @@ def test_floors_without_ceilings_are_bytes(run, tmp_path) -> None:
     assert "\nceilings" not in out and "us, one row" not in out and re.search(r"for a decoded token$", out, re.M)
 
 
+@pytest.mark.parametrize("name", ["nvidia-h100", "nvidia-h200"])
+def test_bench_takes_the_gpus_memory_not_the_hosts(run, tmp_path, monkeypatch, name: str) -> None:
+    from tests.fake_model import FakeModel
+    from tilewright import timing
+    from tilewright.runtime import model as runtime_model
+
+    monkeypatch.setattr(runtime_model, "load", lambda path, threads: FakeModel())
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "read_bandwidth_gbs", None)
+    target = {"name": name, "kind": "cuda", "arch": "sm_90a", "features": []}
+    path = fake_artifact(tmp_path / "m.tw", target=target).path
+    code, out, _ = run("bench", str(path), "latency", "--output", str(tmp_path / "results"))
+    assert code == 0
+    assert ("of floor" in out) == (targets.RECORDS[name].bandwidth_gbs is not None)
+
+
 def test_the_tighter_ceiling_counts() -> None:
     from tilewright.summary import Rates
 

@@ -31,11 +31,13 @@ Row = dict[str, float | int]
 def latency(session: Session, artifact: Artifact) -> list[Row]:
     """One request at a time, a row for each prompt length that fits: medians over rounds, and their spread.
 
-    `of floor` is the time that reading the weights once takes, over the time between tokens.
+    `of floor` is the time that reading the weights once takes, over the time between tokens; it is left out for a GPU
+    whose bandwidth nobody knows.
     """
     context = session.model.limits.max_context
     lengths = [n for n in PROMPTS if n + ANSWER <= context] or [max(1, context - ANSWER)]
-    floor_ms = decode_floor(artifact).bytes() / _bandwidth_gbs(session, artifact) / 1e6
+    bandwidth_gbs = _bandwidth_gbs(session, artifact)
+    floor_ms = decode_floor(artifact).bytes() / bandwidth_gbs / 1e6 if bandwidth_gbs else None
     rows: list[Row] = []
     for length in lengths:
         prompts = random_prompts(session, ROUNDS + 1, length)
@@ -49,23 +51,19 @@ def latency(session: Session, artifact: Artifact) -> list[Row]:
                 "token ms": statistics.median(between),
                 "token spread ms": max(between) - min(between),
                 "tokens/s": 1e3 / statistics.median(between),
-                "floor ms": floor_ms,
-                "of floor": floor_ms / statistics.median(between),
+                **({"floor ms": floor_ms, "of floor": floor_ms / statistics.median(between)} if floor_ms else {}),
             }
         )
     return rows
 
 
-def _bandwidth_gbs(session: Session, artifact: Artifact) -> float:
-    """Of the memory that the model runs from: a processor's is read now, by as many threads as the model has."""
+def _bandwidth_gbs(session: Session, artifact: Artifact) -> float | None:
+    """Of the memory that the model runs from: a processor's is read now, by as many threads as the model has, a GPU's
+    is as `doctor --measure` found it, or its record says; None where neither does."""
     if artifact.manifest.target["kind"] == "cpu":
         return read_bandwidth_gbs(session.model.threads)
     rates = rates_of(artifact.manifest)
-    if rates is None:
-        raise UserError(
-            "this GPU's memory was not measured yet, and `of floor` needs it; run tilewright doctor --measure"
-        )
-    return rates.bandwidth_gbs
+    return rates.bandwidth_gbs if rates else None
 
 
 def throughput(session: Session, artifact: Artifact) -> list[Row]:
