@@ -15,6 +15,8 @@ import pytest
 import tilewright
 from tests.conftest import REAL_MODEL
 from tests.cubins import DeviceKernel, device_kernels
+from tests.runtime.test_cuda_imports import check
+from tests.stand_in_cuda import run_with_stand_in
 from tilewright.compiler import options
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.frontends.packages import PACKAGED_MODELS
@@ -75,7 +77,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """With two steps, since every size has tiles of its own: one decoded token, and up to 2048 of any kind."""
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
-        few = dataclasses.replace(options.DEFAULTS["cuda"], decode_buckets=(1,), mixed_buckets=())
+        few = dataclasses.replace(options.DEFAULTS["cuda"], decode_buckets=(1,))
         patch.setitem(options.DEFAULTS, "cuda", few)
         model, weights = _source(request.param, folder)
         artifact = tilewright.compile(
@@ -147,3 +149,38 @@ def test_code_is_for_hopper_alone(compiled: Compiled) -> None:
     content = (compiled.artifact.path / "model.so").read_bytes()
     assert content.count(b"-arch sm_90a") == len({k.cubin for k in compiled.device.values()})
     assert b".target sm_90a" not in content
+
+
+SERVE = """
+import tilewright
+from tilewright import Engine, SamplingParams
+model = tilewright.load({path!r}, kv_tokens=4096)
+executor = model.executor
+steps = []
+work = executor._work
+def counted(bucket, *rest):
+    before = launches()
+    result = work(bucket, *rest)
+    steps.append((bucket.function, launches() - before))
+    return result
+executor._work = counted
+with Engine(model) as engine:
+    engine.generate([[1] * 40, [2, 3]], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    engine.check_invariants()
+told["steps"], told["drawn"] = steps, engine.stats.drawn
+"""
+
+
+def test_it_is_served_up_to_its_launches_with_driver_and_cudart_alone(compiled: Compiled, tmp_path: Path) -> None:
+    """On a stand-in for both: host code, executor and manifest agree on what is launched, and neither torch nor a
+    compiler is loaded. What comes out is no text."""
+    ran = run_with_stand_in(SERVE.format(path=str(compiled.artifact.path)), tmp_path)
+    check(ran.modules, ran.maps)
+    assert ran.told["drawn"] == 12
+    plain = 12  # plain operators of a step: position tables, slots, the rows that are wanted
+    manifest = compiled.artifact.manifest
+    kernels = {f: sum(k["calls"].get(f, 0) for k in manifest.kernels) for f in ("step", "step_1")}
+    assert {function for function, _ in ran.told["steps"]} == {"step", "step_1"}
+    for function, launched in ran.told["steps"]:
+        assert kernels[function] <= launched <= kernels[function] + plain, function
+    assert len([f for f, _ in ran.told["steps"] if f == "step_1"]) == 2, "once run, once captured; then it is a graph"
