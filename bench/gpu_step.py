@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,23 +18,33 @@ IDLE_ROUNDS = 3
 def host_us(model: Any) -> tuple[list[float], dict[str, Any]]:
     """Microseconds a kernel that launching a mixed step takes the host, a sample a step, and facts. Every step finds
     the GPU idle and its queue empty, and is no graph. Nothing else may use the model's pages meanwhile."""
-    from tilewright.runtime.cuda.buckets import choose
-
     executor = model.executor
     batch = mixed_batch(model.limits)
-    bucket = choose(model.manifest.buckets, batch)
-    kernels = sum(kernel["calls"].get(bucket.function, 0) for kernel in model.manifest.kernels)
-    if bucket.static or not kernels:
-        raise SystemExit(f"{bucket.function} is a graph or has no kernels: not timed")
-    samples = []
-    for i in range(HOST_ROUNDS + 3):
+    taken_us = []
+    for _ in range(HOST_ROUNDS + 3):
         start = time.perf_counter()
         pending = executor.launch(batch)
-        taken_s = time.perf_counter() - start
+        taken_us.append((time.perf_counter() - start) * 1e6)
         executor.collect(pending)
-        if i >= 3:
-            samples.append(taken_s * 1e6 / kernels)
-    return samples, {"function": bucket.function, "kernels": kernels}
+    kernels = count_kernels(lambda: executor.collect(executor.launch(batch)))  # last, since it slows launches down
+    step_us = statistics.median(taken_us[3:])
+    return [each / kernels for each in taken_us[3:]], {"kernels": kernels, "step_us": round(step_us, 1)}
+
+
+def count_kernels(run: Callable[[], Any]) -> int:
+    """How many kernels run on the GPU meanwhile, by CUPTI."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    count = sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    if not count:
+        raise SystemExit("no kernel was seen to run: not timed")
+    return count
 
 
 def mixed_batch(limits: Any) -> Any:
