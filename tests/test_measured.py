@@ -119,6 +119,9 @@ def test_figures_that_cannot_be_kept(cache: Path) -> None:
     (cache / "measured").touch()
     with pytest.raises(TargetError, match=rf"the cache {cache} can't be written to .*; make room, or set TILEWRI"):
         measured.write(H100, FOUND)
+    assert measured.read(H100) is None
+    (cache / "measured").unlink()
+    (cache / "measured" / f"{H100.lower().replace(' ', '-')}.json").mkdir(parents=True)
     with pytest.raises(TargetError, match="can't be read"):
         measured.read(H100)
 

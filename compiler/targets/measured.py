@@ -45,7 +45,7 @@ def read(device: str) -> Measured | None:
     file = _file(device)
     try:
         text = file.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise _refusal(file, f"can't be read: {error}") from None
