@@ -71,7 +71,7 @@ class Step:
 
 
 def compile_case(step: Step) -> Compiled:
-    call = CompositeCall("paged_attention", step.spec, step.tokens if step.decode else None, step.tokens)
+    call = CompositeCall("paged_attention", step.spec, None, step.tokens, decode=step.decode)
     return compiled(lower(PagedAttention(), call, cuda_target()))
 
 

@@ -20,10 +20,12 @@ from cases import MODEL_CASES
 BATCHES = (1, 4, 16, 64, 128, 256)
 BATCH_PROMPT = {1: 128}  # tokens before the first drawn one; 512 for all other batches
 PROMPTS = (128, 512, 2048, 8192)
-ANSWER = 96
+_SETTLING = 4  # steps
+FULL_STEPS = 96  # tokens of an answer after the last prompt was computed
 REQUESTS = 1000
 
 Add = Callable[..., None]  # (case, samples, **facts)
+Mark = tuple[float, int, int]  # seconds; steps launched, and tokens in them, since the engine's start
 
 
 def time_model(artifact: str, add: Add, wanted: set[str], requests: int = REQUESTS) -> None:
@@ -83,43 +85,46 @@ def check(engine: Any, limits: Any) -> None:
 
 
 def time_step(engine: Any, limits: Any, batch: int, add: Add) -> None:
-    """Milliseconds of a step of `batch` greedy streams of one length, drawn and handed out, while all of them run."""
+    """Milliseconds of a step of `batch` greedy streams of one length, drawn and handed out, while all of them run and
+    no prompt is computed."""
     length = BATCH_PROMPT.get(batch, 512)
     prompts = _prompts(limits, [length] * batch, 2)
     engine.generate(prompts, _params(4))  # captures the graphs
+    arriving = -(-batch * length // (limits.max_tokens - batch))  # steps until the last prompt is computed
     samples = []
     for _ in range(3):
-        marks = _watched(engine, lambda: engine.generate(prompts, _params(ANSWER + batch)))
-        first, last = _full_steps(marks, batch)
+        marks = _watched(engine, lambda: engine.generate(prompts, _params(FULL_STEPS + arriving)))
+        first, last = full_steps(marks, batch)
         samples.append((last[0] - first[0]) / (last[1] - first[1]) * 1e3)
     add("step", samples, batch=batch, prompt=length)
 
 
-def _watched(engine: Any, run: Callable[[], Any]) -> list[tuple[float, int, int]]:
-    """(seconds, steps, tokens drawn) every few milliseconds while `run` runs."""
+def _watched(engine: Any, run: Callable[[], Any]) -> list[Mark]:
+    """Marks every fraction of a millisecond while `run` runs."""
     thread = threading.Thread(target=run)
     thread.start()
     marks = []
     while thread.is_alive():
-        marks.append((time.perf_counter(), engine.stats.steps, engine.stats.drawn))
-        time.sleep(2e-3)
+        marks.append((time.perf_counter(), engine.stats.steps, engine.stats.tokens))
+        time.sleep(3e-4)
     return marks
 
 
-def _full_steps(marks: list[tuple[float, int, int]], batch: int) -> tuple[tuple[float, int, int], ...]:
-    """The ends of the longest span whose every step drew for the whole batch, but for one in flight at each end."""
-    best = (marks[0], marks[0])
-    start = 0
-    for i in range(1, len(marks)):
-        steps, drawn = marks[i][1] - marks[start][1], marks[i][2] - marks[start][2]
-        while start < i and abs(drawn - steps * batch) > batch:
-            start += 1
-            steps, drawn = marks[i][1] - marks[start][1], marks[i][2] - marks[start][2]
-        if marks[i][1] - marks[start][1] > best[1][1] - best[0][1]:
-            best = (marks[start], marks[i])
-    if best[1][1] - best[0][1] < 16:
+def full_steps(marks: list[Mark], batch: int) -> tuple[Mark, Mark]:
+    """The first marks of two steps, between which each step computed one token of each of `batch` streams: tokens less
+    steps times batch stay the same there. A step is launched while the one before runs, so the first few are left out:
+    the time between their launches is that of the step with the last prompt."""
+    runs: dict[int, list[Mark]] = {}
+    seen = set()
+    for mark in marks:
+        if mark[1:] not in seen:
+            runs.setdefault(mark[2] - mark[1] * batch, []).append(mark)
+        seen.add(mark[1:])
+    best = max(runs.values(), key=lambda run: run[-1][1] - run[0][1])
+    inner = best[_SETTLING:]
+    if len(inner) < 2 or inner[-1][1] - inner[0][1] < 16:
         raise SystemExit(f"no 16 steps of {batch} streams followed one another: not timed")
-    return best
+    return inner[0], inner[-1]
 
 
 def time_first(engine: Any, limits: Any, length: int, add: Add) -> None:

@@ -75,11 +75,15 @@ class Param:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One compiled variant of the step: `tokens` exact where `static`, else an upper bound."""
+    """One way to run the step: `tokens` exact where `static`, else an upper bound. Several may share a function."""
 
     function: str
     tokens: int
     static: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.function} of {self.tokens}"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def compile(
     max_batch: int | None = None,
     max_tokens: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    strict: bool = False,
     dump: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
 ) -> Artifact:
@@ -43,13 +44,15 @@ def compile(
     quant: "auto" keeps what the model is stored in, "none" computes in float, or a weight format for all matrices.
     max_batch: sequences a step; max_tokens: tokens a step, by default what suits the kind of target.
     page_size: tokens a KV page.
+    strict: a token gets the same bits whether it was generated or stands in a prompt. On a CPU it always does; on a
+    GPU generated tokens then run by the prompts' attention kernel, which is slower where few sequences are long.
     dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
     """
     here = resolve_target(target)
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
     batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
-    options = Options(here, weights, quant, batch, tokens, page_size, Path(dump) if dump else None)
+    options = Options(here, weights, quant, batch, tokens, page_size, strict, Path(dump) if dump else None)
     _check_quant(options)
     report = progress or (lambda _: None)
     checkpoint = _read(model, options, report)
@@ -186,11 +189,12 @@ def lower(
             formats=tuple(sorted(formats.items())),
             narrow=narrow_activations(checkpoint.config, formats),
             page_size=options.page_size,
+            strict=options.strict and options.target.kind == "cuda",
             k_transposed=options.defaults.k_transposed,
             activations=activations(options),
             kv_dtype=kv_dtype(options, formats),
-            decode_buckets=options.decode_buckets,
-            mixed_buckets=options.mixed_buckets,
+            decode_buckets=() if options.any_decode else options.decode_buckets,
+            any_decode=options.any_decode,
             max_tokens=options.max_tokens,
             max_batch=options.max_batch,
             top_logprobs=TOP_LOGPROBS,

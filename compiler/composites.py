@@ -136,12 +136,13 @@ class PagedAttentionSpec:
     """Ragged attention of t query tokens in b sequences over the pages of each; query i sees keys 0..positions[i].
 
     A kernel may treat prompt tokens and generated ones (`phases`) in different ways, so that neither depends on how a
-    prompt is cut into chunks.
+    prompt is cut into chunks; where `strict`, it must not.
     """
 
     attention: AttentionSpec
     kv: KVFormat
     dtype: str = "float32"
+    strict: bool = False
 
 
 @dataclass(frozen=True)

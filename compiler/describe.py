@@ -12,6 +12,7 @@ from tilewright.compiler.artifact import Manifest, Param
 from tilewright.compiler.checkpoint import Checkpoint
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS, KVFormat
 from tilewright.compiler.options import TOP_LOGPROBS, Options
+from tilewright.compiler.targets import host
 
 
 def split_kernels(mod: Any) -> tuple[Any, dict[str, Any]]:
@@ -60,6 +61,7 @@ def describe(
 
     config = checkpoint.config
     target = options.target
+    machine = {"host": host.arch()} if target.kind == "cuda" else {}  # what the code beside the kernels is for
     calls = kernel_calls(scheduled)
     kernels = describe_kernels(scheduled, calls)
     (root / sealed.COSTS).write_text(json.dumps(_costs(kernels, tuple(calls)), indent=1, sort_keys=True) + "\n")
@@ -77,7 +79,13 @@ def describe(
     tokenizer.pop("tokenizer_json", None)
     return Manifest(
         name=checkpoint.name,
-        target={"name": target.name, "kind": target.kind, "arch": target.arch, "features": list(target.features)},
+        target={
+            "name": target.name,
+            "kind": target.kind,
+            "arch": target.arch,
+            "features": list(target.features),
+            **machine,
+        },
         model=json.loads(json.dumps(dataclasses.asdict(config))),
         limits={
             "max_batch": options.max_batch,
@@ -90,8 +98,10 @@ def describe(
             "inputs": [*STEP_INPUTS, *SAMPLING_INPUTS],
             "top_logprobs": TOP_LOGPROBS,
             "buckets": [
-                *({"function": f"step_{size}", "tokens": size, "static": True} for size in options.decode_buckets),
-                *({"function": f"step_t{size}", "tokens": size, "static": False} for size in options.mixed_buckets),
+                *(
+                    {"function": "step_decode" if options.any_decode else f"step_{n}", "tokens": n, "static": True}
+                    for n in options.decode_buckets
+                ),
                 {"function": "step", "tokens": options.max_tokens, "static": False},
             ],
         },
@@ -109,6 +119,7 @@ def describe(
             "source": dict(checkpoint.source),
             "weights": options.weights,
             "quant": options.quant,
+            "strict": options.strict,
         },
         warnings=(*conversions(checkpoint, params), *references(scheduled)),
     )

@@ -14,8 +14,7 @@ TOP_LOGPROBS = 20  # alternatives that a step returns, the most a request can as
 class Defaults:
     """What a kind of target takes: limits; dtypes between kernels and in pages; steps with sizes of their own.
 
-    decode_buckets: batch sizes with a static step, of which those up to max_batch are compiled. mixed_buckets: bounds
-    on the tokens of symbolic steps.
+    decode_buckets: batch sizes with a static step or, on a GPU, a graph; those up to max_batch count.
     """
 
     max_batch: int
@@ -24,13 +23,12 @@ class Defaults:
     kv_dtype: str
     k_transposed: bool
     decode_buckets: tuple[int, ...]
-    mixed_buckets: tuple[int, ...]
 
 
 DEFAULTS = {
-    "cpu": Defaults(16, 512, "float32", "float32", True, (1,), ()),
+    "cpu": Defaults(16, 512, "float32", "float32", True, (1,)),
     "cuda": Defaults(
-        256, 2048, "bfloat16", "bfloat16", False, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256), (64, 256)
+        256, 2048, "bfloat16", "bfloat16", False, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
     ),
 }
 
@@ -45,6 +43,7 @@ class Options:
     max_batch: int = 0
     max_tokens: int = 0
     page_size: int = DEFAULT_PAGE_SIZE
+    strict: bool = False  # the same bits for a token whether it was generated or stands in a prompt
     dump: Path | None = None
 
     def __post_init__(self) -> None:
@@ -75,12 +74,13 @@ class Options:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """Batch sizes with a static step; on a GPU, where a batch is padded to the next one, up to max_batch itself."""
+        """Batch sizes that a decode batch is padded to; on a GPU, where larger ones have no step, up to max_batch."""
         sizes = [size for size in self.defaults.decode_buckets if size <= self.max_batch]
         if self.target.kind == "cuda" and self.max_batch not in sizes:
             sizes.append(self.max_batch)
         return tuple(sizes)
 
     @property
-    def mixed_buckets(self) -> tuple[int, ...]:
-        return tuple(bound for bound in self.defaults.mixed_buckets if bound < self.max_tokens)
+    def any_decode(self) -> bool:
+        """Whether one function runs decode batches of all sizes, of which it picks kernels as it is captured."""
+        return self.target.kind == "cuda"

@@ -1,6 +1,7 @@
 """Every composite call becomes kernel calls: the first schedule in the order that matches, with the best known tile."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ import tvm
 import tvm_ffi
 from tvm import ir, relax
 
-from tilewright.compiler.composites import load_spec
+from tilewright.compiler.calls import ByRows, Call, Part
+from tilewright.compiler.composites import dump_spec, load_spec
 from tilewright.compiler.pass_base import Pass
 from tilewright.compiler.relax_utils import bindings
 
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # The argument whose leading extent counts a call's rows, where it is not the first.
 _ROWS_ARGUMENT = {"embedding": 1, "kv_append": 1}
+
+_EMPTY = tvm.tirx.PrimFunc([], tvm.tirx.Evaluate(0))  # stands for a kernel
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,13 @@ class ApplySchedules(Pass):
              @T.prim_func linear_q4_gemv_1f0c…                   # attributes tw.kernel = {schedule, tile, floor, …}
 
     A kernel is named after its content, so equal calls share one and a cache can key on the name. Kernels stay in the
-    module until code generation takes them out. `choose(composite, spec, m, m_max, inner)` picks schedule
-    and tile (schedules/order.py). A deferred kernel is an empty function here, whose attribute tw.call says what to ask
-    `choose` again for it, and its content is that of its key.
+    module until code generation takes them out. `choose(call)` picks schedule and tile (schedules/order.py). A deferred
+    kernel is an empty function here, whose attribute tw.call says what to ask `choose` again for it, and its content is
+    that of its key. Where the number of rows decides between several, the one called is an empty function whose
+    attribute tw.by_rows lists them: [[most rows, name], ...].
     """
 
-    choose: Callable[[str, Any, int | None, int, tuple[int, ...]], Any]
+    choose: Callable[[Call], Any]
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         lowering = _Lowerer(self, mod)
@@ -54,11 +59,13 @@ class _Lowerer:
         self.mod = mod
         self.choose = options.choose
         self.kernels: dict[str, Any] = {}
-        self._chosen: dict[tuple[Any, ...], tuple[Any, list[str]] | None] = {}
+        self._chosen: dict[Any, tuple[Any, list[str]] | None] = {}
         self._by_body: set[Any] = set()
         self._shared: dict[tuple[Any, ...], list[Any]] = {}  # results of shared kernels in the function at hand
+        self._decode = False  # whether that function only decodes
 
     def lower(self, func: relax.Function) -> relax.Function:
+        self._decode = bool((func.attrs or {}).get("tw.decode", False))
         bounds = {str(k): int(v) for k, v in (func.attrs or {}).get("tir_var_upper_bound", {}).items()}
         outer = self
         self._shared = {}
@@ -87,10 +94,11 @@ class _Lowerer:
         rows, *others = self.extents(call)
         inner = tuple(int(d.value) for d in others[:-1])
         static = int(rows.value) if isinstance(rows, tvm.tirx.IntImm) else None
-        key = (composite, str(attrs["tw.spec"]), static, static or bounds[rows.name], inner)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(composite, *key[1:])
-        return self._chosen[key]
+        spec = load_spec(composite, str(attrs["tw.spec"]))
+        asked = Call(composite, spec, static, static or bounds[rows.name], inner, self._decode)
+        if asked not in self._chosen:
+            self._chosen[asked] = self._choose(asked)
+        return self._chosen[asked]
 
     def extents(self, call: ir.Call) -> Any:
         """The shape of the argument whose leading extent counts a composite call's rows."""
@@ -126,35 +134,61 @@ class _Lowerer:
         results = [value(r) for r in lowering.results]
         return results[0] if len(results) == 1 else relax.Tuple(results)
 
-    def _choose(
-        self, composite: str, spec_text: str, m: int | None, m_max: int, inner: tuple[int, ...]
-    ) -> tuple[Any, list[str]] | None:
-        choice = self.choose(composite, load_spec(composite, spec_text), m, m_max, inner)
+    def _choose(self, asked: Call) -> tuple[Any, list[str]] | None:
+        choice = self.choose(asked)
         if choice is None:
             return None
         kernels = choice.lowering.kernels
         names: list[str] = []
-        for kernel in kernels:
-            content = kernel.content or _content(kernel.func)
-            name = f"{choice.schedule.name}_{content[:12]}"
-            about = {
-                "schedule": choice.schedule.name,
-                "composite": composite,
-                "rows": m,
-                "max_rows": m_max,
-                "tile": dataclasses.asdict(choice.tile),
-                # The floor is the whole call's; its last kernel, which does the work, carries it.
-                "floor": dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None,
-            }
-            attrs = {"global_symbol": name, "tw.content": content, "tw.kernel": json.dumps(about, sort_keys=True)}
-            func = kernel.func
-            if kernel.content:
-                attrs["tw.call"] = json.dumps([composite, spec_text, m, m_max, inner, len(names)])
-                func = tvm.tirx.PrimFunc([], tvm.tirx.Evaluate(0))
-            self.kernels[name] = func.with_attrs(attrs)
-            names.append(name)
-        logger.debug("%s %s -> %s", composite, choice.facts, names)
+        for index, kernel in enumerate(kernels):
+            # The floor is the whole call's; its last kernel, which does the work, carries it.
+            floor = dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None
+            if isinstance(kernel.func, ByRows):
+                parts = [[p.rows, self._add(asked, choice, index, p, None)] for p in kernel.func.parts]
+                names.append(self._add_by_rows(asked, choice, parts, floor))
+            else:
+                part = Part(asked.m_max, kernel.func, choice.tile)
+                names.append(self._add(asked, choice, index, part, floor))
+        logger.debug("%s %s -> %s", asked.composite, choice.facts, names)
         return choice.lowering, names
+
+    def _add(self, asked: Call, choice: Any, index: int, part: Part, floor: Any) -> str:
+        """A kernel of the module; its name."""
+        schedule, content, func = choice.schedule.name, part.content or _content(part.func), part.func
+        name = f"{schedule}_{content[:12]}"
+        if name in self.kernels and floor is None:
+            return name
+        attrs = {"global_symbol": name, "tw.content": content, "tw.kernel": _about(asked, choice, part, floor)}
+        if part.content:
+            spec = dump_spec(asked.spec)
+            fields = (asked.m, asked.m_max, asked.inner, asked.decode, part.rows)
+            attrs["tw.call"] = json.dumps([schedule, index, asked.composite, spec, *fields])
+            func = _EMPTY
+        self.kernels[name] = func.with_attrs(attrs)
+        return name
+
+    def _add_by_rows(self, asked: Call, choice: Any, parts: list[list[Any]], floor: Any) -> str:
+        """What calls one of several kernels of the module; its name."""
+        listed = json.dumps(parts)
+        content = hashlib.sha256(listed.encode()).hexdigest()[:16]
+        name = f"{choice.schedule.name}_by_rows_{content[:12]}"
+        about = _about(asked, choice, Part(asked.m_max, None, None), floor)
+        attrs = {"global_symbol": name, "tw.content": content, "tw.kernel": about, "tw.by_rows": listed}
+        self.kernels[name] = _EMPTY.with_attrs(attrs)
+        return name
+
+
+def _about(asked: Call, choice: Any, part: Part, floor: Any) -> str:
+    """What the manifest says of a kernel."""
+    about = {
+        "schedule": choice.schedule.name,
+        "composite": asked.composite,
+        "rows": asked.m,
+        "max_rows": part.rows,
+        "tile": None if part.tile is None else dataclasses.asdict(part.tile),
+        "floor": floor,
+    }
+    return json.dumps(about, sort_keys=True)
 
 
 def _launch(builder: Any, name: str, inputs: Sequence[Any], outputs: Sequence[Any], rows: Any) -> list[Any]:

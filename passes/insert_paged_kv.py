@@ -43,6 +43,7 @@ class InsertPagedKV(Pass):
 
     First it proves that nothing but attention mixes tokens (passes/token_axes.py). What some attention needs is
     computed for all t tokens, everything else for the r wanted rows alone: the border is crossed by one take a value.
+    strict: a token gets the same bits whether it was generated or stands in a prompt.
     All layers share one KV geometry and one `pages`; a layer is its attention's place in the order of execution.
 
     Raises CompileError for a program that mixes tokens, that has no attention, or whose layers differ in KV geometry.
@@ -51,6 +52,7 @@ class InsertPagedKV(Pass):
     page_size: int
     kv_dtype: str = "float32"
     k_transposed: bool = True
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
@@ -71,6 +73,7 @@ class _Paging:
             if (found := composite_of(mod, b.value)) is not None and found[0] == "attention"
         ]
         self.layers = {var: (layer, spec) for layer, (var, spec) in enumerate(attentions)}
+        self.strict = options.strict
         self.kv = _kv_format(options, [spec for _, spec in attentions])
         self.needed = self._needed_by_attention()
         self._check_outputs()
@@ -132,7 +135,8 @@ class _Paging:
         index = self.emit(relax.prim_value(layer), "layer")  # bound, since a literal argument does not parse back
         builder = self.emit.builder
         append = add_served_composite(builder, "kv_append", AppendSpec(self.kv))
-        attend = add_served_composite(builder, "paged_attention", PagedAttentionSpec(spec, self.kv))
+        paged = PagedAttentionSpec(spec, self.kv, strict=self.strict)
+        attend = add_served_composite(builder, "paged_attention", paged)
         self.pages = self.emit(relax.Call(append, [self.pages, k, v, self.inputs["slots"], index]), "pages")
         plan = [self.inputs[name] for name in PAGED_ATTENTION_INPUTS]
         return self.emit(relax.Call(attend, [q, self.pages, *plan, index]), "attention")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright.compiler.calls import Call
 from tilewright.compiler.pass_base import Pass
 from tilewright.passes.apply_schedules import ApplySchedules
 from tilewright.passes.canonicalize import Canonicalize
@@ -26,23 +27,25 @@ from tilewright.passes.quantize_weights import QuantizeWeights
 class PipelineOptions:
     """What the passes are told; sizes in tokens and sequences.
 
+    strict: a token gets the same bits whether it was generated or stands in a prompt.
     formats: weight format by checkpoint tensor. narrow: those whose activations may be rounded to 8 bits.
     activations, kv_dtype: dtypes of what the step hands on and of the pages. decode_buckets: batch sizes with a static
-    step; mixed_buckets: bounds on tokens with a symbolic one, besides max_tokens.
+    step; any_decode: whether there is one for decode batches of any size.
     """
 
     formats: tuple[tuple[str, str], ...]
     narrow: tuple[str, ...]
     page_size: int
+    strict: bool
     k_transposed: bool
     activations: str
     kv_dtype: str
     decode_buckets: tuple[int, ...]
-    mixed_buckets: tuple[int, ...]
+    any_decode: bool
     max_tokens: int
     max_batch: int
     top_logprobs: int
-    choose: Callable[[str, Any, int | None, int, tuple[int, ...]], Any]
+    choose: Callable[[Call], Any]
 
 
 def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ...]:
@@ -67,7 +70,7 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
         (
             "served",
             (
-                InsertPagedKV(page_size=o.page_size, kv_dtype=o.kv_dtype, k_transposed=o.k_transposed),
+                InsertPagedKV(o.page_size, o.kv_dtype, o.k_transposed, o.strict),
                 QuantizeWeights(formats=o.formats, narrow=o.narrow),
                 FuseQKVAppend(),
                 FuseLinearNeighbours(gate_after=not full),
@@ -75,7 +78,7 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
                 LowerSampling(top_logprobs=o.top_logprobs),
                 PlanBuckets(
                     decode=o.decode_buckets,
-                    mixed=o.mixed_buckets,
+                    any_decode=o.any_decode,
                     max_tokens=o.max_tokens,
                     max_batch=o.max_batch,
                 ),

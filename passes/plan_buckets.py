@@ -17,19 +17,19 @@ class PlanBuckets(Pass):
     before   step(tokens[t], ..., kv_len[b], rows[r], ...)
     after    step(tokens[t], ...)        tir_var_upper_bound = {t: max_tokens, b: max_batch, r: max_batch}
              step_1(tokens[1], ..., kv_len[1], rows[1], ...)      one token of one sequence, static
-             step_t64(tokens[t], ...)               tir_var_upper_bound = {t: 64, b: 64, r: 64}
+             step_decode(tokens[n], ..., kv_len[n], rows[n], ...)         tir_var_upper_bound = {n: max_batch}
 
-    decode: sizes with a static step; mixed: bounds on the tokens of further symbolic steps below max_tokens, whose
-    kernels are picked for few tokens.
+    decode: sizes with a static step. any_decode: whether there is a step for decode batches of any size, where kernels
+    can do without what only prompts need.
 
     A static size lets schedules pick kernels for it and TVM plan its memory once; the bounds make the storage of the
-    general step static too.
+    other steps static too. Steps that only decode have the attribute tw.decode.
     """
 
     decode: tuple[int, ...]
     max_tokens: int
     max_batch: int
-    mixed: tuple[int, ...] = ()
+    any_decode: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.max_batch <= self.max_tokens:
@@ -46,10 +46,10 @@ class PlanBuckets(Pass):
             is_step = gvar.name_hint == "step"
             functions[gvar] = self._bounded(func, self.max_tokens, is_step)
             for size in self.decode if is_step else ():
-                functions[f"step_{size}"] = _specialise(func, size).with_attr("global_symbol", f"step_{size}")
-            for bound in self.mixed if is_step else ():
-                few = self._bounded(relax.utils.copy_with_new_vars(func), bound, is_step)
-                functions[f"step_t{bound}"] = few.with_attr("global_symbol", f"step_t{bound}")
+                functions[f"step_{size}"] = _decoding(func, f"step_{size}", tirx.IntImm("int64", size))
+            if self.any_decode and is_step:
+                decoding = _decoding(func, "step_decode", tirx.Var("n", "int64"))
+                functions["step_decode"] = decoding.with_attr("tir_var_upper_bound", {"n": self.max_batch})
         return tvm.IRModule(functions, mod.attrs)
 
     def _bounded(self, func: relax.Function, tokens: int, is_step: bool) -> relax.Function:
@@ -59,11 +59,8 @@ class PlanBuckets(Pass):
         return func.with_attr("tir_var_upper_bound", {"t": tokens, "b": sequences, "r": rows})
 
 
-def _specialise(func: relax.Function, size: int) -> relax.Function:
+def _decoding(func: relax.Function, name: str, size: Any) -> relax.Function:
     """The function with one token for each of `size` sequences."""
-    sizes = {v: tirx.IntImm("int64", size) for v in _shape_vars(func) if v.name in ("t", "b", "r")}
-    return relax.utils.copy_with_new_vars(func).bind_symbolic_vars({v.name: n for v, n in sizes.items()})
-
-
-def _shape_vars(func: relax.Function) -> list[tirx.Var]:
-    return list(relax.analysis.defined_symbolic_vars(func))
+    sizes = {v.name: size for v in relax.analysis.defined_symbolic_vars(func) if v.name in ("t", "b", "r")}
+    decoding = relax.utils.copy_with_new_vars(func).bind_symbolic_vars(sizes)
+    return decoding.with_attrs({"global_symbol": name, "tw.decode": True})

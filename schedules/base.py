@@ -14,20 +14,10 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
+from tilewright.compiler.calls import ByRows as ByRows
+from tilewright.compiler.calls import Call as Call
+from tilewright.compiler.calls import Part as Part
 from tilewright.compiler.targets.base import Target
-
-
-@dataclass(frozen=True)
-class Call:
-    """A composite call as schedules see it. m: the leading (token or row) extent where it is static, else None;
-    m_max: its upper bound. Both count rows of the first tensor argument that carries tokens. inner: the dimensions of
-    that argument between its rows and its last, such as the heads where each is normalised."""
-
-    composite: str
-    spec: Any
-    m: int | None
-    m_max: int
-    inner: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class KernelCall:
     one function only the first is made.
     """
 
-    func: Any  # tvm.tirx.PrimFunc, or a Deferred one
+    func: Any  # tvm.tirx.PrimFunc, or a Deferred one, or ByRows
     inputs: tuple[int | str, ...]
     outputs: tuple[Output, ...]
     shared: bool = False
@@ -110,7 +100,7 @@ class KernelCall:
         return self.func.content if isinstance(self.func, Deferred) else None
 
     def written(self) -> Any:
-        """The PrimFunc."""
+        """The PrimFunc, where there is one."""
         return self.func.make() if isinstance(self.func, Deferred) else self.func
 
 
@@ -136,6 +126,11 @@ class Schedule(ABC):
     @abstractmethod
     def space(self, facts: Any, target: Target) -> Sequence[Any]:
         """Valid tiles, the default first. Never empty."""
+
+    def bounds(self, call: Call, target: Target) -> Sequence[int]:
+        """Numbers of rows, increasing, up to each of which a call of open size has a tile of its own. Lowerings for
+        them differ in nothing but their kernels. None for schedules whose kernels suit any number."""
+        return ()
 
     @abstractmethod
     def floor(self, facts: Any, target: Target) -> Floor: ...

@@ -2,13 +2,14 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilewright.compiler.composites import load_spec
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
-from tilewright.schedules.base import Call, Floor, Lowering, Reject, Schedule
+from tilewright.schedules.base import ByRows, Call, Floor, KernelCall, Lowering, Part, Reject, Schedule
 from tilewright.schedules.cpu.embedding import Embedding
 from tilewright.schedules.cpu.gated import Gated
 from tilewright.schedules.cpu.kv_append import KVAppend
@@ -58,7 +59,8 @@ ORDER: tuple[Schedule, ...] = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs a composite call: schedule, facts, tile, its floor, and the kernels."""
+    """What runs a composite call: schedule, facts, tile, its floor, and the kernels. Where the number of rows decides
+    between several, facts and tile are those for the most rows."""
 
     schedule: Schedule
     facts: Any
@@ -81,40 +83,70 @@ class Chooser:
     tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
     order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
-    def __call__(
-        self, composite: str, spec: Any, m: int | None, m_max: int, inner: tuple[int, ...] = ()
-    ) -> Choice | None:
-        """The choice for a call with m rows (None: dynamic, at most m_max), each of dimensions `inner` and a last one.
-
-        None where the reference body is to run. Raises CompileError with every reason where it can't.
-        """
-        call = Call(composite, spec, m, m_max, inner)
+    def __call__(self, call: Call) -> Choice | None:
+        """The choice for a call. None where the reference body is to run. Raises CompileError with every reason where
+        it can't."""
         reasons = []
         for schedule in self.order:
-            if schedule.composite != composite or schedule.kind != self.target.kind:
+            if schedule.composite != call.composite or schedule.kind != self.target.kind:
                 continue
             facts = schedule.match(call, self.target)
             if not isinstance(facts, Reject):
-                return self._choice(schedule, facts)
+                return self._choice(schedule, call)
             reasons.append(f"{schedule.name}: {facts.reason}")
         why = "; ".join(reasons) or f"no schedule for {self.target.kind} knows it"
         if self.target.kind == "cuda":
-            logger.warning("%s runs by its reference body on %s: %s", composite, self.target.name, why)
+            logger.warning("%s runs by its reference body on %s: %s", call.composite, self.target.name, why)
             return None
-        raise CompileError(f"{composite} has no kernel on {self.target.name} for {spec}: {why}")
+        raise CompileError(f"{call.composite} has no kernel on {self.target.name} for {call.spec}: {why}")
 
     def written(self, func: Any) -> Any:
         """A kernel of a scheduled module, written down if it was deferred."""
         call = (func.attrs or {}).get("tw.call")
         if call is None:
             return func
-        composite, spec, m, m_max, inner, index = json.loads(str(call))
-        choice = self(composite, load_spec(composite, spec), m, m_max, tuple(inner))
-        assert choice is not None, "it was chosen before"
-        return choice.lowering.kernels[index].written().with_attr("global_symbol", func.attrs["global_symbol"])
+        name, index, composite, spec, *fields = json.loads(str(call))
+        schedule = next(s for s in self.order if s.name == name and s.kind == self.target.kind)
+        asked = _call(composite, load_spec(composite, spec), *fields)
+        kernel = self._part(schedule, asked).lowering.kernels[index]
+        return kernel.written().with_attr("global_symbol", func.attrs["global_symbol"])
 
-    def _choice(self, schedule: Schedule, facts: Any) -> Choice:
+    def _choice(self, schedule: Schedule, call: Call) -> Choice:
+        """The parts for every number of rows that the schedule tells apart, as one choice."""
+        bounds = [] if call.m is not None else [b for b in schedule.bounds(call, self.target) if b < call.m_max]
+        parts = [self._part(schedule, replace(call, rows=rows)) for rows in (*bounds, call.m_max)]
+        return replace(parts[-1], lowering=_joined((*bounds, call.m_max), parts))
+
+    def _part(self, schedule: Schedule, call: Call) -> Choice:
+        """The choice for as many rows as the call says."""
+        facts = schedule.match(call, self.target)
         known = dict(self.tiles).get((schedule.name, repr(facts)))
         tile = known if known is not None else schedule.space(facts, self.target)[0]
         floor = schedule.floor(facts, self.target)
         return Choice(schedule, facts, tile, floor, schedule.apply(facts, tile, self.target))
+
+
+def _call(composite: str, spec: Any, m: int | None, m_max: int, inner: Sequence[int], decode: bool, rows: int) -> Call:
+    return Call(composite, spec, m, m_max, tuple(inner), decode, rows)
+
+
+def _joined(bounds: Sequence[int], choices: Sequence[Choice]) -> Lowering:
+    """One lowering of those for at most so many rows each. Raises ValueError where they differ in more than kernels."""
+    first = choices[0].lowering
+    for other in choices[1:]:
+        if [replace(k, func=None) for k in other.lowering.kernels] != [replace(k, func=None) for k in first.kernels]:
+            raise ValueError(f"{choices[0].schedule.name}: what is launched depends on the number of rows")
+    kernels = []
+    for index, kernel in enumerate(first.kernels):
+        parts: list[Part] = []
+        for rows, choice in zip(bounds, choices, strict=True):
+            func = choice.lowering.kernels[index].func
+            if parts and parts[-1].func == func:
+                parts.pop()
+            parts.append(Part(rows, func, choice.tile))
+        kernels.append(_with_parts(kernel, parts))
+    return Lowering(tuple(kernels), first.results)
+
+
+def _with_parts(kernel: KernelCall, parts: Sequence[Part]) -> KernelCall:
+    return replace(kernel, func=parts[0].func if len(parts) == 1 else ByRows(tuple(parts)))

@@ -153,3 +153,18 @@ def test_a_mixed_step_is_one_that_the_executor_takes() -> None:
     assert (batch.slots == pages * 16 + batch.positions % 16).all()
     executor, _ = fake_executor(limits, FakeModel(limits))
     executor.launch(batch)
+
+
+def test_a_steps_time_is_that_of_full_steps() -> None:
+    """Prompts, ten steps of four streams in which a stream's end shows, and a mark between two counts."""
+    from bench.gpu_model import full_steps
+
+    marks = [(0.0, 1, 512), (0.1, 2, 1024)]
+    marks += [(1 + 0.01 * i, 3 + i, 1024 + 4 * (i + 1)) for i in range(40)]
+    marks.insert(20, (1.175, 21, 1024 + 4 * 18))  # the step is counted, its tokens not yet
+    marks += [(5.0 + i, 43 + i, 1024 + 160 + 3 * (i + 1)) for i in range(20)]
+    first, last = full_steps(marks, 4)
+    assert (first[1], last[1]) == (6, 42)
+    assert (last[0] - first[0]) / (last[1] - first[1]) == pytest.approx(0.01)
+    with pytest.raises(SystemExit, match="no 16 steps of 7 streams"):
+        full_steps(marks, 7)

@@ -8,6 +8,7 @@ import tvm
 from tests.checkpoints import make_checkpoint
 from tests.test_model_cuda import SIZES
 from tilewright.compiler.build import lower, weight_formats
+from tilewright.compiler.codegen.by_rows import by_rows
 from tilewright.compiler.describe import references, split_kernels
 from tilewright.compiler.frontends import load_checkpoint
 from tilewright.compiler.options import Options
@@ -37,12 +38,24 @@ def test_nothing_runs_by_its_reference_body(scheduled: tvm.IRModule) -> None:
 def test_kernels_are_written_when_asked_for(scheduled: tvm.IRModule) -> None:
     _, kernels = split_kernels(scheduled)
     waiting = {name: func for name, func in kernels.items() if "tw.call" in func.attrs}
-    assert len(waiting) == len(kernels)
+    choices = {name for name, func in kernels.items() if by_rows(func) is not None}
+    assert waiting.keys() | choices == kernels.keys()
     name, func = next(item for item in waiting.items() if item[0].startswith("rms_norm"))
     assert len(func.params) == 0
     written = CHOOSE.written(func)
     assert len(written.params) == 3  # x, weight, y
     assert str(written.attrs["global_symbol"]) == name
+
+
+def test_the_number_of_tokens_picks_a_linear(scheduled: tvm.IRModule) -> None:
+    """Of those that the step's choices name, each is there, and each is for more tokens than the one before."""
+    _, kernels = split_kernels(scheduled)
+    choices = [parts for name, func in kernels.items() if name.startswith("linear") and (parts := by_rows(func))]
+    assert len(choices) >= 4
+    for parts in choices:
+        rows = [most for most, _ in parts]
+        assert rows == sorted(set(rows)) and rows[-1] in (16, 128)
+        assert all("tw.call" in kernels[name].attrs for _, name in parts)
 
 
 def test_equal_keys_are_one_kernel() -> None:

@@ -77,10 +77,11 @@ class _Probe:
     def matrix_ms(self) -> float | None:
         """Of a product as a model's step calls it; the operands are random, which costs a GPU power and clock."""
         from tilewright.compiler.composites import LinearSpec
+        from tilewright.schedules.base import Call
         from tilewright.schedules.order import Chooser
 
         spec = LinearSpec(_SIZE, _SIZE, "bf16_rows", dtype="bfloat16", out_dtype="bfloat16")
-        choice = Chooser(self.target)("linear", spec, _SIZE, _SIZE)
+        choice = Chooser(self.target)(Call("linear", spec, _SIZE, _SIZE))
         if choice is None or len(choice.lowering.kernels) != 1:
             return None
         [kernel] = choice.lowering.kernels

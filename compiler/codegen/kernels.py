@@ -11,16 +11,25 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tilewright.compiler import env
+from tilewright.compiler.codegen.by_rows import by_rows, compile_choice
 from tilewright.compiler.codegen.cuda_module import CudaKernel, compile_function
 from tilewright.compiler.codegen.cuda_source import how
+from tilewright.compiler.codegen.kernel_process import compile_elsewhere
 from tilewright.compiler.codegen.llvm_target import build_llvm, cuda_target, llvm_target
 from tilewright.compiler.codegen.object_code import object_code as _object_code
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
+
+_FEW = 3  # kernels that compile in less time than a process takes to start
+
+
+def _as_it_is(func: Any) -> Any:
+    return func
 
 
 def compile_kernels(
@@ -29,14 +38,14 @@ def compile_kernels(
     cache: Path,
     jobs: int | None = None,
     done: Callable[[str, bool], None] = lambda name, cached: None,
-    written: Callable[[Any], Any] = lambda func: func,
+    written: Callable[[Any], Any] = _as_it_is,
 ) -> dict[str, Path]:
     """Object files of `kernels` (name -> PrimFunc), each with its `device_part` where the target is a GPU.
 
     done(name, cached) is called as each one is ready. written(func) is the kernel itself where `func` only stands for
-    it, as it does for those that need not be written down when they are in the cache. LLVM runs outside Python's lock
-    and NVRTC in processes of its own, so threads are enough. Raises CompileError where the cache can't be written,
-    TargetError where the target's compiler is not installed.
+    it, as it does for those that need not be written down when they are in the cache; it is pickled where there are
+    many kernels for a GPU, which are compiled in processes of their own. LLVM runs outside Python's lock. Raises
+    CompileError where the cache can't be written, TargetError where the target's compiler is not installed.
     """
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -47,10 +56,10 @@ def compile_kernels(
             done(name, True)
         else:
             missing.append(name)
-    compile_one = _compile_cuda if target.kind == "cuda" else _compile
     with ThreadPoolExecutor(max_workers=jobs or os.cpu_count() or 1) as pool:
         try:
-            futures = {pool.submit(compile_one, written(kernels[n]), n, target, objects[n]): n for n in missing}
+            compile_one = partial(_compile_one, target=target, written=written, elsewhere=len(missing) > _FEW)
+            futures = {pool.submit(compile_one, kernels[n], n, file=objects[n]): n for n in missing}
             for future in as_completed(futures):
                 future.result()
                 done(futures[future], False)
@@ -94,6 +103,20 @@ def _bare(func: Any) -> Any:
     return func.without_attr("tw.kernel").without_attr("tw.content")
 
 
+def _compile_one(
+    func: Any, name: str, target: Target, file: Path, written: Callable[[Any], Any], elsewhere: bool
+) -> None:
+    parts = by_rows(func)
+    if parts is not None:
+        _write(file, compile_choice(parts, name))
+    elif target.kind == "cuda" and elsewhere:
+        compile_elsewhere(func, name, target, file, written)
+    elif target.kind == "cuda":
+        compile_cuda(written(func), name, target, file)
+    else:
+        _compile(written(func), name, target, file)
+
+
 def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     import tvm
 
@@ -101,7 +124,8 @@ def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     _write(file, _object_code(executable.mod))
 
 
-def _compile_cuda(func: Any, name: str, target: Target, file: Path) -> None:
+def compile_cuda(func: Any, name: str, target: Target, file: Path) -> None:
+    """Compiles one kernel for a GPU into `file` and its `device_part`."""
     kernel = compile_function(_bare(func), name, target)
     # The object file last: where it stands, its other half does.
     _write(device_part(file), kernel.device)

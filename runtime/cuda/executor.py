@@ -72,7 +72,7 @@ class CudaExecutor:
         self._pages = Pages(cuda, ffi, manifest, num_pages)
         self.swap = HostPages(cuda, self._pages, host_pages, self.stream)
         batch = limits.max_batch
-        sizes = {b.function: most(b, batch) for b in self._buckets}
+        sizes = {b.name: most(b, batch) for b in self._buckets}
         lists = {"p": num_pages + batch, "c": batch * _PENALTIES, "e": batch * _BIASES}
         self._arena = Arena(cuda, ffi, sizes, lists)
         self._results = Results(cuda, ffi, max(size["r"] for size in sizes.values()), limits.top_logprobs)
@@ -122,7 +122,7 @@ class CudaExecutor:
             self._grow(batch)
         bucket = choose(self._buckets, batch)
         extents = padded(bucket, batch)
-        self._arena.send(bucket.function, batch, extents, slot, self.stream)
+        self._arena.send(bucket.name, batch, extents, slot, self.stream)
         with self._on_stream:
             if bucket.static:
                 self._launch_static(bucket, batch, extents, slot)
@@ -140,17 +140,17 @@ class CudaExecutor:
 
     def _launch_static(self, bucket: Bucket, batch: StepBatch, extents: Mapping[str, int], slot: int) -> None:
         fed = self._feed is not None
-        known = self._graphs.get(bucket.function)
+        known = self._graphs.get(bucket.name)
         if known is not None:
             self.cuda.launch(known.graph, self.stream)
             self._finish(known.outputs, batch, extents, slot)
             return
         self._finish(self._work(bucket, extents, fed), batch, extents, slot)
-        self._graphs[bucket.function] = capture(self.cuda, self.stream, lambda: self._work(bucket, extents, fed))
+        self._graphs[bucket.name] = capture(self.cuda, self.stream, lambda: self._work(bucket, extents, fed))
 
     def _work(self, bucket: Bucket, extents: Mapping[str, int], fed: bool) -> Any:
         """The step on what the arena holds; its tokens are where the next step and `_finish` look for them."""
-        tokens, *others = self._arena.tensors(bucket.function, extents)
+        tokens, *others = self._arena.tensors(bucket.name, extents)
         if fed:
             tokens = self._fed(tokens)
         outputs = self._functions[bucket.function](tokens, *others, self._pages.tensor, self.weights.tensors)

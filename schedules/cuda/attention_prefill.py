@@ -112,20 +112,22 @@ def _heads_of_tile(group: int, rows: int) -> int:
 
 
 def prefill_calls(
-    spec: PagedAttentionSpec, tile: PrefillTile, target: Target, m_max: int
+    spec: PagedAttentionSpec, tile: PrefillTile, target: Target, m_max: int, made: tuple[Output, ...] = ()
 ) -> tuple[KernelCall, KernelCall]:
     """Planner and kernel, for a lowering of paged_attention that has an output "out", [m, heads, head_dim].
 
-    The kernel writes the rows of sequences whose phase is 0, and leaves all others alone. Raises ValueError for a tile
-    that holds no equal part of a group of heads.
+    The kernel writes the rows of sequences whose phase is 0, and leaves all others alone; where the spec is strict, it
+    writes those of every sequence. made: that output, where no kernel before has it. Raises ValueError for a tile that
+    holds no equal part of a group of heads.
     """
     group = spec.attention.heads // spec.attention.kv_heads
     if group % tile.heads:
         raise ValueError(f"heads {tile.heads} of a tile do not divide the {group} query heads of a KV head")
-    plan = plan_call(tile.tokens, tile.keys, spec.attention.window, m_max, target)
+    plan = plan_call(tile.tokens, tile.keys, spec.attention.window, m_max, target, spec.strict)
     kernel = _prefill_kernel(spec, tile, target, m_max)
     done = Output("prefilled", (1,), "int32")
-    return plan, KernelCall(kernel, (0, 1, 5, WORK, 8, "out"), (done,))
+    inputs = (0, 1, 5, WORK, 8) if made else (0, 1, 5, WORK, 8, "out")
+    return plan, KernelCall(kernel, inputs, (*made, done))
 
 
 @T.meta_class

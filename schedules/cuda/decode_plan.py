@@ -79,10 +79,10 @@ class _Query:
 
 
 @deferred
-def plan_kernel(spec: PagedAttentionSpec, target: Target, m: int | None, m_max: int, mode: str, share: float) -> Any:
+def plan_kernel(spec: PagedAttentionSpec, target: Target, decode: bool, m_max: int, mode: str, share: float) -> Any:
     """(positions, indptr, page_indptr, kv_len, phases, and plan_outputs, of which it leaves the partials alone).
 
-    m: the number of sequences, of one generated token each, where that is known; those that pad the step have no keys.
+    decode: every sequence has one token, a generated one; those that pad the step have no keys.
     mode: one of MODES for all queries, or "auto". share: a fair one, in a multiprocessor's even share of all work.
     """
     blocks = HeadBlocks.of(spec)
@@ -131,7 +131,7 @@ def plan_kernel(spec: PagedAttentionSpec, target: Target, m: int | None, m_max: 
         def each_query(visit):
             sequence: T.int32 = thread
             while sequence < b:
-                if m is not None:
+                if decode:
                     query.row = sequence
                     query.rows_end = sequence + 1
                 else:

@@ -10,13 +10,16 @@ from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output,
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
+# Tokens up to each of which a linear has tiles of its own; above the last, tiles are as good as they get.
+_BOUNDS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)
+
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """m_max: the most tokens of a call."""
+    """rows: of tokens, that a tile is picked for."""
 
     spec: LinearSpec
-    m_max: int
+    rows: int
 
 
 class Linear(Schedule):
@@ -39,11 +42,14 @@ class Linear(Schedule):
         outs = spec.out_features // 2 if spec.gate else spec.out_features
         if outs % 8 and (spec.gate or spec.out_dtype != "float32"):
             return Reject(f"{outs} outputs are no multiple of 8")
-        return LinearFacts(spec, call.m if call.m is not None else call.m_max)
+        return LinearFacts(spec, call.rows)
+
+    def bounds(self, call: Call, target: Target) -> Sequence[int]:
+        return _BOUNDS
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile]:
         spec = facts.spec
-        return tuple(tiles(spec.out_features, spec.in_features, facts.m_max, target))
+        return tuple(tiles(spec.out_features, spec.in_features, facts.rows, target))
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec

@@ -2,7 +2,8 @@
 
 A planner before each makes its work list on the device, once a step: it reads what all layers share. The two kernels
 share the result, each writing its sequences' rows. Which one a token gets depends on `phases`, not on the batch, so its
-bits don't either.
+bits don't either. Where the spec is strict, the prompts' kernel takes all tokens: a token then has the same bits
+whether it was generated or stands in a prompt.
 """
 
 from collections.abc import Sequence
@@ -22,18 +23,20 @@ _MAX_STAGES = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """prefill: None where a step has no prompts."""
+    """decode: None where no token has that kernel. prefill: None where a step has no prompts."""
 
-    decode: DecodeTile
+    decode: DecodeTile | None
     prefill: PrefillTile | None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """m: sequences of a step of one generated token each; None where there may be prompts. m_max: the most tokens."""
+    """decode: every token is a generated one of a sequence of its own. scarce: so few of these that their keys are cut
+    up to keep all multiprocessors busy. m_max: the most tokens."""
 
     spec: PagedAttentionSpec
-    m: int | None
+    decode: bool
+    scarce: bool
     m_max: int
 
 
@@ -43,18 +46,24 @@ class PagedAttention(Schedule):
     kind = "cuda"
 
     def match(self, call: Call, target: Target) -> Facts | Reject:
-        facts = Facts(call.spec, call.m, call.m_max)
+        scarce = call.decode and call.rows <= _few(call.spec, target)
+        facts = Facts(call.spec, call.decode, scarce, call.m_max)
         refusal = refuse_attention(call.spec, target)
-        if refusal is None and call.m is None:
+        if refusal is None and (call.spec.strict or not call.decode):
             refusal = refuse_prefill(call.spec, target)
         if refusal is None and not self.space(facts, target):
             refusal = Reject(f"no tile fits into {target.shared_memory_bytes} bytes of shared memory")
         return facts if refusal is None else refusal
 
     def space(self, facts: Facts, target: Target) -> Sequence[Tile]:
-        prefills = prefill_space(facts.spec, target) if facts.m is None else [None]
+        if facts.spec.strict:
+            return [Tile(None, tile) for tile in prefill_space(facts.spec, target)]
+        prefills = [None] if facts.decode else prefill_space(facts.spec, target)
         decodes = _decode_space(facts, target)
         return [Tile(decode, prefills[0]) for decode in decodes] + [Tile(decodes[0], tile) for tile in prefills[1:]]
+
+    def bounds(self, call: Call, target: Target) -> Sequence[int]:
+        return (_few(call.spec, target),) if call.decode and not call.spec.strict else ()
 
     def floor(self, facts: Facts, target: Target) -> Floor:
         """A row's queries and outputs; its keys depend on the position, which no shape tells."""
@@ -64,15 +73,22 @@ class PagedAttention(Schedule):
     def apply(self, facts: Facts, tile: Tile, target: Target) -> Lowering:
         spec, decode, m_max = facts.spec, tile.decode, facts.m_max
         out = Output("out", ("m", spec.attention.heads, spec.attention.head_dim), spec.dtype)
-        plan = plan_kernel(spec, target, facts.m, m_max, decode.mode, decode.share)
-        attend = decode_kernel(spec, decode, target, m_max)
-        kernels = [
-            KernelCall(plan, (2, 3, 4, 6, 7), plan_outputs(spec, m_max), shared=True),
-            KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8), (out,)),
-        ]
+        kernels: list[KernelCall] = []
+        if decode is not None:
+            plan = plan_kernel(spec, target, facts.decode, m_max, decode.mode, decode.share)
+            attend = decode_kernel(spec, decode, target, m_max)
+            kernels += [
+                KernelCall(plan, (2, 3, 4, 6, 7), plan_outputs(spec, m_max), shared=True),
+                KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8), (out,)),
+            ]
         if tile.prefill is not None:
-            kernels += prefill_calls(spec, tile.prefill, target, m_max)
+            kernels += prefill_calls(spec, tile.prefill, target, m_max, () if kernels else (out,))
         return Lowering(tuple(kernels), ("out",))
+
+
+def _few(spec: PagedAttentionSpec, target: Target) -> int:
+    """The most sequences that are few."""
+    return max(1, 2 * target.sms // HeadBlocks.of(spec).units)
 
 
 def _decode_space(facts: Facts, target: Target) -> list[DecodeTile]:
@@ -83,6 +99,5 @@ def _decode_space(facts: Facts, target: Target) -> list[DecodeTile]:
         fitting = [t for s in range(2, _MAX_STAGES + 1) if (t := DecodeTile(s, blocks)).fits(spec, target)]
         if fitting:
             tiles[blocks] = fitting[-1]
-    scarce = facts.m is not None and facts.m * HeadBlocks.of(spec).units <= 2 * target.sms
-    shared = 2 in tiles and tiles[2].stages >= 3 and not scarce
+    shared = 2 in tiles and tiles[2].stages >= 3 and not facts.scarce
     return sorted(tiles.values(), key=lambda tile: (tile.blocks_per_sm == 2) != shared)

@@ -29,18 +29,22 @@ _EXACT = 512  # costs below it are classes of their own, those above share one w
 _ALL_LANES = 0xFFFFFFFF
 
 
-def plan_call(tokens: int, keys: int, window: int | None, m_max: int, target: Target) -> KernelCall:
+def plan_call(
+    tokens: int, keys: int, window: int | None, m_max: int, target: Target, every: bool = False
+) -> KernelCall:
     """The planner for tiles of `tokens` tokens and blocks of `keys` keys, as a kernel of the paged_attention composite.
 
     Its output WORK is int32[1 + m_max, WORK_ROW]: m_max tokens make no more tiles than that, whatever sequences they
-    belong to. It reads positions, indptr, page_indptr, kv_len and phases, which are the same in every layer.
+    belong to. It reads positions, indptr, page_indptr, kv_len and phases, which are the same in every layer. every:
+    generated tokens are listed too.
     """
     output = Output(WORK, (1 + m_max, WORK_ROW), "int32")
-    return KernelCall(_plan_kernel(tokens, keys, window or 0, m_max, target), (2, 3, 4, 6, 7), (output,), shared=True)
+    kernel = _plan_kernel(tokens, keys, window or 0, m_max, target, every)
+    return KernelCall(kernel, (2, 3, 4, 6, 7), (output,), shared=True)
 
 
 @deferred
-def _plan_kernel(tokens: int, keys: int, window: int, m_max: int, target: Target) -> Any:
+def _plan_kernel(tokens: int, keys: int, window: int, m_max: int, target: Target, every: bool) -> Any:
     pdl = target.has("pdl")
 
     @T.prim_func
@@ -110,7 +114,7 @@ def _plan_kernel(tokens: int, keys: int, window: int, m_max: int, target: Target
             total = 0
             counts[thread] = 0
             if sequence < b:
-                if phases[sequence] == 0:
+                if every or phases[sequence] == 0:
                     low = indptr[sequence]
                     count = indptr[sequence + 1] - low
                     if count > 0:

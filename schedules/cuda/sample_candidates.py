@@ -9,7 +9,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.cuda.lang import TMABar
 
-from tilewright.schedules.cuda.sample_math import EVERY_LANE, count_up, key, key_value
+from tilewright.schedules.cuda.sample_math import EVERY_LANE, LOWEST, count_up, key, key_value
 from tilewright.schedules.cuda.sample_row import VECTOR, Row
 
 CAPACITY = 1024  # candidates of a row
@@ -85,7 +85,8 @@ class Candidates:
     def bound(self, peak, want, floor):
         """low[0]: a key that `want` of the block's tokens reach, if so many are above the key `floor`. peak: the
         thread's largest."""
-        self.maxima[self.row.thread] = key(peak)
+        # A thread without tokens, or with none but -inf, has the lowest float for its peak.
+        self.maxima[self.row.thread] = T.Select(peak > T.float32(LOWEST), key(peak), T.uint32(floor))
         if self.row.thread == 0:
             self.counter[0] = 0
         T.cuda.cta_sync()

@@ -125,8 +125,8 @@ def test_what_no_schedule_knows_is_refused(before: tvm.IRModule) -> None:
 class _Unscheduled(Chooser):
     """Knows no schedule for one composite, and lets it run by its body, as on a GPU."""
 
-    def __call__(self, composite, spec, m, m_max, inner=()):
-        return None if composite == "qkv_append" else super().__call__(composite, spec, m, m_max, inner)
+    def __call__(self, call):
+        return None if call.composite == "qkv_append" else super().__call__(call)
 
 
 def test_what_has_no_schedule_runs_by_its_body(before: tvm.IRModule, after: tvm.IRModule, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_a_shared_kernel_is_called_once(before: tvm.IRModule) -> None:
     """A kernel that reads the same in every layer, in front of each attention: made once a function."""
 
     class Planned(Chooser):
-        def __call__(self, composite, spec, m, m_max, inner=()):
-            choice = super().__call__(composite, spec, m, m_max, inner)
-            if composite != "paged_attention":
+        def __call__(self, call):
+            choice = super().__call__(call)
+            if call.composite != "paged_attention":
                 return choice
             plan = KernelCall(_plan, (2,), (Output("plan", (1,), "int32"),), shared=True)
             return replace(choice, lowering=replace(choice.lowering, kernels=(plan, *choice.lowering.kernels)))

@@ -27,6 +27,9 @@ def command(
         int | None, typer.Option(help="Most tokens in a step; by default 512 on a CPU, 2048 on a GPU.")
     ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens in a page of the KV cache.")] = 16,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="The same bits for a token generated or read back as part of a prompt.")
+    ] = False,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
     ] = None,
@@ -49,6 +52,7 @@ def command(
             max_batch=max_batch,
             max_tokens=max_tokens,
             page_size=page_size,
+            strict=strict,
             dump=dump,
             progress=report,
         )

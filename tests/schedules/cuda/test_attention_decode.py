@@ -37,7 +37,7 @@ MOST = 16  # sequences of a batch
 
 
 def call_of(spec: PagedAttentionSpec) -> Call:
-    return Call("paged_attention", spec, MOST, MOST)
+    return Call("paged_attention", spec, MOST, MOST, decode=True)
 
 
 def runner(spec: PagedAttentionSpec, **tile: Any) -> CudaRunner:

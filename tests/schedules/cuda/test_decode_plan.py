@@ -29,7 +29,7 @@ M_MAX = 300
 
 
 def planner(spec: PagedAttentionSpec, static: bool = True, mode: str = "auto") -> CudaRunner:
-    kernel = plan_kernel(spec, cuda_target(), M_MAX if static else None, M_MAX, mode, 2.0)
+    kernel = plan_kernel(spec, cuda_target(), static, M_MAX, mode, 2.0)
     outputs = plan_outputs(spec, M_MAX)
     return CudaRunner(Lowering((KernelCall(kernel, (0, 1, 2, 3, 4), outputs, shared=True),), (WORK, COUNTERS)))
 

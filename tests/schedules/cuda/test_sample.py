@@ -151,7 +151,8 @@ def test_matches_the_reference_without_clusters(vocab: int) -> None:
 @pytest.mark.gpu
 def test_a_vocabulary_of_one_token() -> None:
     rng = fresh()
-    ids, logprobs, top_ids, top_logprobs = run(np.full((3, 1), 2.5, np.float32), mixed(3, 1, rng, alternatives=1), 1)
+    inputs = mixed(3, 1, rng) | {"alternatives": np.ones(3, np.int32)}
+    ids, logprobs, top_ids, top_logprobs = run(np.full((3, 1), 2.5, np.float32), inputs, 1)
     assert (ids == 0).all() and (top_ids == 0).all()
     assert (logprobs == 0).all() and (top_logprobs == 0).all()
 
