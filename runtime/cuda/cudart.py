@@ -81,8 +81,11 @@ class Cudart:
             self._library.cudaFreeHost(address)
 
     def abandon(self) -> None:
-        """The GPU hangs: memory is freed no more, since CUDA would first wait for what runs."""
-        self._abandoned = True
+        """The GPU hangs, and CUDA would wait for what runs: from here on no memory is freed, and when the process ends,
+        it ends without CUDA's own farewell, by the status that it had."""
+        if not self._abandoned:
+            self._abandoned = True
+            _end_at_once()
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all."""
@@ -189,6 +192,13 @@ class Cudart:
         words = self._library.cudaGetErrorString(code).decode(errors="replace")
         short = self._library.cudaGetErrorName(code).decode(errors="replace")
         return DeviceError(f"{name} failed on the GPU: {words} ({short})")
+
+
+def _end_at_once() -> None:
+    """Handlers of exit() run last come, first served: this one leaves before those that CUDA has registered."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):  # where there is CUDA, there is glibc
+        libc.on_exit(libc._exit, None)
 
 
 @cache

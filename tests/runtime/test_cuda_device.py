@@ -1,9 +1,13 @@
 """The GPU's executor on a real GPU, with a program that is as small as can be; and that program on this processor."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm.script import tirx as T
 
 from tests.runtime.test_cuda_executor import EagerCudart
 from tests.runtime.toy_program import LIMITS, answer, toy_artifact
@@ -93,3 +97,69 @@ def test_cuda_refuses_in_its_own_words(on_gpu: CudaExecutor) -> None:
     with pytest.raises(DeviceError, match="cudaMalloc failed on the GPU: out of memory"):
         on_gpu.cuda.malloc(1 << 50)
     check_answers(on_gpu)
+
+
+# A kernel that keeps the GPU busy for about 25 s, before a step that has a second; then the process ends by itself.
+HANG = """
+import sys, time
+from pathlib import Path
+from tests.runtime.test_cuda_device import Served, spin
+from tilewright import Engine, SamplingParams, load
+from tilewright.compiler import env
+from tilewright.compiler.codegen.kernels import compile_kernels, read_kernel
+from tilewright.compiler.targets import resolve_target
+from tilewright.measure_gpu import load_function
+from tilewright.runtime.cuda import executor as module
+from tilewright.runtime.cuda.memory import DeviceMemory, tensor
+
+module._WATCHDOG_S = 1.0
+model = load({path!r}, kv_tokens=1024)
+executor = model.executor
+[file] = compile_kernels({{"spin": spin}}, resolve_target("cuda"), env.cache_dir() / "kernels", 1).values()
+function = load_function("spin", read_kernel(file), Path({folder!r}))
+memory = DeviceMemory(executor.cuda, 128)
+numbers = tensor(executor.ffi, executor.cuda.device_type, memory.address, (32,), "float32")
+params = SamplingParams(max_tokens=4, ignore_eos=True)
+with Engine(model) as engine:
+    engine.generate([[5]], params)
+    with executor._on_stream:
+        function(numbers, 11 * 10**9)
+    start = time.monotonic()
+    try:
+        engine.generate([[5]], params)
+    except Exception as error:
+        print(f"{{time.monotonic() - start:.1f}} s: {{error}}")
+del engine, model, executor, memory, numbers
+print(time.monotonic())
+sys.exit(3)
+"""
+
+
+@T.prim_func
+def spin(y_ptr: T.handle, turns: T.int64):
+    T.func_attr({"global_symbol": "spin"})
+    y = T.match_buffer(y_ptr, (32,), "float32")
+    T.device_entry()
+    block = T.cta_id([1])  # noqa: F841
+    thread = T.thread_id([32])
+    number = T.alloc_local([1], "float32")
+    number[0] = y[thread]
+    for _ in T.serial(turns):
+        number[0] = number[0] * T.float32(0.999) + T.float32(0.5)
+    y[thread] = number[0]
+
+
+@pytest.mark.gpu
+def test_a_process_whose_gpu_hangs_ends(tmp_path: Path) -> None:
+    """The callers are told by the watchdog; neither what is dropped nor the end of the process waits for the GPU."""
+    import tvm
+
+    path = tmp_path / "toy.tw"
+    toy_artifact(path, tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host="llvm"))
+    script = HANG.format(path=str(path), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    end_s = time.monotonic()
+    assert result.returncode == 3, result.stderr
+    said, dropped_s = result.stdout.splitlines()[-2:]
+    assert said.startswith("1.") and "has not finished a step in 1 seconds; it hangs" in said
+    assert end_s - float(dropped_s) < 8, "the process waits for the GPU"

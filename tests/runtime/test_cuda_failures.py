@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -168,3 +170,21 @@ class _Spoken(Served):
         stop_token_ids = ()
         encode = staticmethod(lambda text: [ord(c) % LIMITS.vocab_size for c in text])
         detokenizer = FakeStream
+
+
+def test_a_process_that_has_abandoned_its_gpu_ends_at_once() -> None:
+    """With its own status and all that it printed, though an earlier handler of exit(), as CUDA's, would wait."""
+    script = """
+import ctypes, sys
+from tests.runtime.test_cuda_executor import FakeLibrary
+from tilewright.runtime.cuda.cudart import Cudart
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.pause, None)
+cuda = Cudart(FakeLibrary())
+cuda.abandon()
+cuda.abandon()
+print("said")
+sys.exit(7)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (7, "said\n")
