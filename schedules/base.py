@@ -46,10 +46,9 @@ class Output:
 
 
 @cache
-def _source() -> str:
-    """A hash of this package's source code."""
-    folder = Path(__file__).parent
-    code = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+def _source(folder: Path) -> str:
+    """A hash of the source code in a folder, and of this file."""
+    code = b"".join(file.read_bytes() for file in (Path(__file__), *sorted(folder.glob("*.py"))))
     return hashlib.sha256(code).hexdigest()
 
 
@@ -57,24 +56,27 @@ def _source() -> str:
 class Deferred:
     """A kernel that is written down only where it has to be compiled, since that takes up to a second.
 
-    key: text that, with the source code of this package, decides what `make` returns: two kernels of one key are one.
+    key: text that, with the source code in `folder`, decides what `make` returns: two kernels of one key are one.
     """
 
     key: str
     make: Callable[[], Any] = field(compare=False)
+    folder: Path
 
     @property
     def content(self) -> str:
         """A hash of what `make` returns, as far as it is known without calling it: 64 bits in hexadecimal."""
-        return hashlib.sha256(f"{_source()} {self.key}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{_source(self.folder)} {self.key}".encode()).hexdigest()[:16]
 
 
 def deferred(write: Callable[..., Any]) -> Callable[..., Deferred]:
-    """For a function that writes a kernel down from frozen values: its calls give Deferred kernels."""
+    """For a function that writes a kernel down from frozen values, with what its own folder has and no other schedule:
+    its calls give Deferred kernels."""
+    folder = Path(write.__code__.co_filename).parent
 
     @wraps(write)
     def named(*args: Any) -> Deferred:
-        return Deferred(f"{write.__module__}.{write.__qualname__} {args!r}", partial(write, *args))
+        return Deferred(f"{write.__module__}.{write.__qualname__} {args!r}", partial(write, *args), folder)
 
     return named
 

@@ -1,7 +1,7 @@
 """Serving on a GPU: the logits are the model's, and a request's tokens do not depend on what runs beside it.
 
 CUDA_TEST_ARTIFACT names an artifact to take instead of compiling one, CUDA_TEST_MODEL the Hugging
-Face directory that it was made from, for the comparison of logits.
+Face directory that it was made from, for the comparison of logits, and CUDA_TEST_STRICT_ARTIFACT one compiled strictly.
 """
 
 import os
@@ -155,3 +155,42 @@ def test_samples_of_one_prompt(model: tilewright.Model) -> None:
         [one] = engine.generate([prompt], params(1))
     assert several[0].token_ids == one.token_ids
     assert len({c.token_ids for c in several}) > 1
+
+
+# ---- strict ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(source: Path | None, tmp_path_factory: pytest.TempPathFactory) -> tilewright.Model:
+    given = os.environ.get("CUDA_TEST_STRICT_ARTIFACT")
+    if given is None:
+        assert source is not None
+        output = tmp_path_factory.mktemp("artifact") / "strict.tw"
+        given = str(tilewright.compile(source, target="cuda", output=output, max_tokens=256, strict=True).path)
+    return tilewright.load(given, device="cuda", kv_tokens=16384)
+
+
+def test_strict_answers_go_on_from_any_point(strict: tilewright.Model) -> None:
+    """What was generated so far, asked for as a prompt, leads to the same tokens and log-probabilities, in every bit:
+    greedy, since the draws' counter starts anew."""
+    asked = prompts(strict, 16, seed=3)
+    settings = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=2)
+    with Engine(strict) as engine:
+        whole = engine.generate(asked, settings)
+        cuts = np.random.default_rng().integers(1, 40, len(asked)).tolist()
+        longer = [prompt + list(c.token_ids[:cut]) for prompt, c, cut in zip(asked, whole, cuts, strict=True)]
+        rest = [SamplingParams(max_tokens=40 - cut, temperature=0, ignore_eos=True, logprobs=2) for cut in cuts]
+        resumed = engine.generate(longer, rest)
+        alone = [engine.generate([prompt], settings)[0] for prompt in asked]
+        engine.check_invariants()
+    for first, then, cut in zip(whole, resumed, cuts, strict=True):
+        assert first.logprobs is not None
+        assert first.token_ids[cut:] == then.token_ids
+        assert first.logprobs[cut:] == then.logprobs
+    assert [(c.token_ids, c.logprobs) for c in alone] == [(c.token_ids, c.logprobs) for c in whole]
+
+
+def test_strict_logits_are_those_of_the_default(strict: tilewright.Model, model: tilewright.Model) -> None:
+    """Of a prompt: the same kernels run there."""
+    [prompt] = prompts(model, 1, seed=9)
+    np.testing.assert_array_equal(strict.logits(prompt), model.logits(prompt))

@@ -90,7 +90,7 @@ def test_in_chunks_as_alone(pair: Pair, alone: list[Said], chunk: int) -> None:
 
 def test_preempted_as_alone(pair: Pair, alone: list[Said]) -> None:
     longest = max(prompt_tokens(pair.model, request) + (request.params.max_tokens or 0) for request in CROWD)
-    small = tilewright.load(pair.path, device="cuda", kv_tokens=3 * longest)
+    small = tilewright.load(pair.path, device="cuda", kv_tokens=longest + 64)
     with Engine(small) as engine:
         assert say(engine, *CROWD) == alone
         assert engine.stats.preemptions > 0

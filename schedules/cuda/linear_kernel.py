@@ -26,6 +26,8 @@ from tilewright.schedules.cuda.linear_tile import STAGING_PITCH, STAGING_TOKENS,
 from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair, unpack_pair
 from tilewright.schedules.cuda.tma import EVICT_FIRST, EVICT_LAST, ROW, load_tile, tensor_map
 
+_RESIDUALS_AHEAD = 4  # of 16 tokens: what the latency of memory takes to store
+
 
 @deferred
 def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
@@ -55,6 +57,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     parts = 1 if gated else 2  # of 8 outputs, in the 16 rows of a warp
     matrices = span // 8 * parts  # of a store: 8 tokens by 8 outputs each
     floats = spec.out_dtype == "float32"
+    ahead = min(tokens // span, _RESIDUALS_AHEAD)  # chunks of the residual in registers
 
     def bias_index(out, r):
         """The bias of constant[r], within bounds."""
@@ -205,6 +208,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
             x_desc = T.alloc_local([1], "uint64")
             packed = T.alloc_local([4], "uint32")
             before = T.alloc_local([8], "float32")
+            residuals = T.alloc_local([4 * ahead], "uint32")
             constant = T.alloc_local([2], "float32")
             last = T.alloc_local([1], "int32")
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(w_desc[0]), w_ring.ptr_to([band * 64, 0]), 1, 64, 3)
@@ -222,9 +226,27 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                     else:
                         empty.arrive(stage)
 
+            @T.inline
+            def fetch_residual(chunk):
+                """A chunk of the residual, on its way while others are multiplied or stored."""
+                fetched_token: T.let = token0[0] + chunk * span + lane // parts
+                fetched_out: T.let = (
+                    T.truncdiv(row0[0], 2) + warp * 8 if gated else row0[0] + warp * 16
+                ) + lane % parts * 8
+                for i in T.unroll(4):
+                    residuals[chunk % ahead * 4 + i] = T.uint32(0)
+                if T.And(T.And(warp * 16 < rows, lane < span * parts), T.And(fetched_token < m, fetched_out < outs)):
+                    T.ptx["ld.global.v4.b32"](
+                        *[residuals[chunk % ahead * 4 + i] for i in range(4)],
+                        residual.ptr_to([fetched_token, fetched_out]),
+                    )
+
             consumer = PipelineState(stages, 0)
             for turn in T.serial(mine):
                 place(turn)
+                if spec.residual:
+                    for chunk in T.unroll(ahead):
+                        fetch_residual(chunk)
                 for step in T.serial(steps):
                     full.wait(consumer.stage, consumer.phase)
                     T.ptx["wgmma.fence.sync.aligned"]()
@@ -274,24 +296,13 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                 matrix: T.let = lane // 8 % matrices
                                 matrix_token: T.let = matrix // parts * 8 + lane % 8
                                 if spec.residual:
-                                    for i in T.unroll(4):
-                                        packed[i] = T.uint32(0)
-                                    if stored:
-                                        T.ptx["ld.global.v4.b32"](
-                                            packed[0],
-                                            packed[1],
-                                            packed[2],
-                                            packed[3],
-                                            residual.ptr_to([store_token, store_out]),
-                                        )
                                     if lane < span * parts:
                                         T.ptx["st.shared.v4.b32"](
                                             staging.ptr_to([warp, lane // parts, lane % parts * 8]),
-                                            packed[0],
-                                            packed[1],
-                                            packed[2],
-                                            packed[3],
+                                            *[residuals[chunk % ahead * 4 + i] for i in range(4)],
                                         )
+                                    if chunk + ahead < tokens // span:
+                                        fetch_residual(chunk + ahead)
                                     T.cuda.warp_sync()
                                     T.ptx[f"ldmatrix.sync.aligned.m8n8.x{matrices}.trans.shared.b16"](
                                         *[packed[i] for i in range(matrices)],

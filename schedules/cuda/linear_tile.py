@@ -20,6 +20,7 @@ _LEAST_OPERATION_S = 1.7e-13  # an operation of a large tile
 _PER_TOKENS_S, _PER_ROWS_S, _SAVED_S = 2.18e-11, 7.2e-12, 2e-14  # of a small one: what loads cost, over its extents
 _WEIGHT_BYTES = 45e9  # a second, of weights from memory
 _TURN_S = 1.0e-6  # between a tile and the next
+_LONE_BAND = 1.25  # how much longer the turns of a lone warpgroup take, where there are several
 
 
 @dataclass(frozen=True)
@@ -140,5 +141,7 @@ def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target
         each = fetch if m_max <= 64 else max(each, fetch)
     bandwidth = (target.bandwidth_gbs or 3000.0) * 1e9
     stalls = {2: 1.6, 3: 1.08}.get(tile.stages, 1.0)  # a shallow ring runs dry
+    if tile.bands == 1 and tile.blocks_per_sm == 1 and turns > 1 and m_max > 64:
+        stalls *= _LONE_BAND  # it stores what it has before it multiplies again
     whole = stalls * max(turns * beside * each, rows * depth * 2 / bandwidth)
     return whole + (turns + max(0, tile.bands - 2)) * _TURN_S
