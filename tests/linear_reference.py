@@ -10,6 +10,7 @@ from tilewright.models.quant import FORMATS, base
 from tilewright.schedules.cpu.linear_common import LinearFacts
 
 GREATEST = {8: 127, 16: 32639}  # magnitude of an activation, by bits
+STEPS = 254  # from the least activation of a block to the greatest, where there is an offset
 
 
 def random_arguments(spec: LinearSpec, m: int) -> list[np.ndarray]:
@@ -72,9 +73,26 @@ def rounding_bound(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
     parts = _split(spec, arguments)
     weight = np.abs(FORMATS[spec.weight_format].unpack(parts.weight, spec.out_features, spec.in_features)).astype(float)
     blocks = lambda a: a.reshape(len(a), -1, base.BLOCK)  # noqa: E731
-    steps = np.abs(blocks(parts.inputs)).max(-1) / GREATEST[spec.activation_bits]
+    steps = _step(spec, blocks(parts.inputs))[..., 0]
     magnitudes = np.abs(parts.inputs) @ weight.T + np.abs(parts.added)
     return steps / 2 @ blocks(weight).sum(-1).T + TOLERANCE["float32"] * magnitudes
+
+
+def has_offset(spec: LinearSpec) -> bool:
+    return spec.activation_bits == 8 and spec.weight_format != "q8_0"
+
+
+def _extent(spec: LinearSpec, blocks: np.ndarray) -> tuple[np.ndarray, int]:
+    """What the steps of each block span, and how many they are."""
+    if has_offset(spec):
+        ends = blocks.max(-1, keepdims=True), blocks.min(-1, keepdims=True)
+        return np.maximum(ends[0], 0) - np.minimum(ends[1], 0), STEPS
+    return np.abs(blocks).max(-1, keepdims=True), GREATEST[spec.activation_bits]
+
+
+def _step(spec: LinearSpec, blocks: np.ndarray) -> np.ndarray:
+    extent, steps = _extent(spec, blocks)
+    return extent / steps
 
 
 def integer_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarray:
@@ -83,11 +101,10 @@ def integer_reference(spec: LinearSpec, arguments: list[np.ndarray]) -> np.ndarr
     parts = _split(spec, arguments)
     m, n, blocks = len(parts.inputs), spec.out_features, spec.in_features // base.BLOCK
     x = parts.inputs.astype(np.float32).reshape(m, blocks, base.BLOCK)
-    amax = np.abs(x).max(-1, keepdims=True)
-    greatest = GREATEST[spec.activation_bits]
-    inverse = np.divide(np.float32(greatest), amax, out=np.zeros_like(amax), where=amax > 0)
+    extent, steps = _extent(spec, x)
+    inverse = np.divide(np.float32(steps), extent, out=np.zeros_like(extent), where=extent > 0)
     q = np.rint(x * inverse).astype(np.int64)
-    scale = (amax * np.float32(1 / greatest)).astype(np.float64)[..., 0]
+    scale = (extent * np.float32(1 / steps)).astype(np.float64)[..., 0]
     w, d, low = _weight_blocks(spec, parts.weight)
     dots = np.einsum("mbi,nbi->mnb", q, w)
     sums = np.einsum("mnb,nb,mb->mn", dots, d, scale) + np.einsum("nb,mb,mb->mn", low, scale, q.sum(-1))

@@ -220,6 +220,26 @@ def max_magnitude(values: Sequence[Expr]) -> Expr:
     return T.reinterpret("float32", _call("int32", "llvm.vector.reduce.smax.v16i32", T.bind(most)))
 
 
+def extremes(values: Sequence[Expr]) -> tuple[Expr, Expr]:
+    """The least and the greatest x over several vectors and zero, scalars; one of them is NaN if any x is.
+
+    Flipping all bits but the sign of negative numbers makes integers that order as the numbers do, and back.
+    """
+
+    def flipped(bits: Expr, ones: Expr, places: Expr) -> Expr:
+        return T.bind(T.bitwise_xor(bits, T.bitwise_and(T.shift_right(bits, places), ones)))
+
+    keys = [flipped(T.reinterpret(I32, v), splat(0x7FFFFFFF), splat(31)) for v in values]
+    low = high = keys[0]
+    for other in keys[1:]:
+        low, high = T.min(low, other), T.max(high, other)
+    found = []
+    for name, vector, combine in (("smin", low, T.min), ("smax", high, T.max)):
+        key = T.bind(combine(_call("int32", f"llvm.vector.reduce.{name}.v16i32", T.bind(vector)), T.int32(0)))
+        found.append(T.bind(T.reinterpret("float32", flipped(key, T.int32(0x7FFFFFFF), T.int32(31)))))
+    return found[0], found[1]
+
+
 def sum_lanes_i32(value: Expr) -> Expr:
     return _call("int32", "llvm.vector.reduce.add.v16i32", value)
 

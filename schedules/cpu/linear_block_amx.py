@@ -21,8 +21,6 @@ from tilewright.schedules.cpu.linear_block_gemm import BlockProduct, product_cal
 from tilewright.schedules.cpu.linear_common import LinearFacts, linear_floor, match_linear
 from tilewright.schedules.cpu.tile_ops import ACTIVATIONS, SUMS, TOKENS, WEIGHTS, AmxTiles, TileOps
 
-PANEL_BYTES = LANES * BLOCK  # an unpacked block of 16 outputs
-
 
 @dataclass(frozen=True)
 class AmxTile:
@@ -46,7 +44,7 @@ class LinearBlockAmx(Schedule):
     name = "linear_block_amx"
     composite = "linear"
     kind = "cpu"
-    tile_ops: Callable[[], TileOps] = AmxTiles
+    tile_ops: Callable[[int], TileOps] = AmxTiles
 
     def match(self, call: Call, target: Target) -> LinearFacts | Reject:
         if not target.has("amx_int8"):
@@ -64,17 +62,17 @@ class LinearBlockAmx(Schedule):
 
     def apply(self, facts: LinearFacts, tile: AmxTile, target: Target) -> Lowering:
         form = BlockFormat.of(facts.spec, Isa.of(target))
-        return Lowering((product_call(facts, _gemm(facts, form, tile, type(self).tile_ops())),), ("y",))
+        return Lowering((product_call(facts, _gemm(facts, form, tile, type(self).tile_ops(form.groups))),), ("y",))
 
 
 def _gemm(facts: LinearFacts, form: BlockFormat, tile: AmxTile, ops: TileOps) -> tirx.PrimFunc:
     blocks = facts.k // BLOCK
     with isa.kernel(facts.name(f"amx{tile.depth}")) as built:
         product = BlockProduct.declare(facts, form, TOKENS)
-        with product.tasks() as (first, rows, panel):
+        with product.tasks() as (first, rows, (panel,)):
             with T.If(product.rows.m >= tile.from_rows):
                 with T.Then():
-                    unpacked = T.alloc_buffer((blocks * PANEL_BYTES,), "uint8")
+                    unpacked = T.alloc_buffer((blocks * _panel_bytes(form),), "uint8")
                     scales = T.alloc_buffer((blocks, 2, LANES), "float32")
                     _unpack(product, panel, unpacked, scales)
                     ops.begin()
@@ -83,17 +81,22 @@ def _gemm(facts: LinearFacts, form: BlockFormat, tile: AmxTile, ops: TileOps) ->
                     ops.end()
                 with T.Else(), T.serial(0, rows // TOKENS * 2) as half:
                     group = T.bind(first + half // 2 * TOKENS)
-                    product.step(group, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, panel)
-            product.last_group(first + rows, rows % TOKENS, panel)
+                    product.step(group, T.int64(TOKENS), half % 2 * (TOKENS // 2), TOKENS // 2, [panel])
+            product.last_group(first + rows, rows % TOKENS, [panel])
     return built.get()
+
+
+def _panel_bytes(form: BlockFormat) -> int:
+    """An unpacked block of 16 outputs."""
+    return form.groups * 4 * LANES
 
 
 def _unpack(product: BlockProduct, panel: Expr, unpacked: Buffer, scales: Buffer) -> None:
     """A panel's weights as bytes, its scales and minima as float32."""
     form = product.rows.form
     with T.serial(0, product.rows.blocks) as b:
-        for j, vector in enumerate(form.weights(product.weight, panel, b)):
-            isa.store(unpacked, vector, b * PANEL_BYTES + 64 * j, lanes=64)
+        for j, vector in form.weights(product.weight, panel, b):
+            isa.store(unpacked, vector, b * _panel_bytes(form) + 64 * j, lanes=64)
         for i, vector in enumerate(form.scales(product.weight, panel, b)):
             if vector is not None:
                 isa.store(scales, vector, b, i, 0)
@@ -111,7 +114,7 @@ def _group(
     with T.serial(0, rows.blocks // tile.depth) as step:
         records = [rows.record(first, T.int64(TOKENS), step * tile.depth + i, 0) for i in range(tile.depth)]
         for i, record in enumerate(records):
-            ops.load(WEIGHTS[i], unpacked, (step * tile.depth + i) * PANEL_BYTES, 4 * LANES)
+            ops.load(WEIGHTS[i], unpacked, (step * tile.depth + i) * _panel_bytes(form), 4 * LANES)
             for plane in range(form.planes):
                 t = i * form.planes + plane
                 ops.zero(SUMS[t])

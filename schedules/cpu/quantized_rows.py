@@ -1,7 +1,8 @@
 """Activations as the block kernels read them: integers, a scale and a correction for each block of 32.
 
 A block is a record of 32-bit words that lie side by side: 8 words for each plane of bytes (the lowest plane first, 4
-inputs a word), the scale as float32, and the correction (see BlockFormat) as float32 or int32. Records stand in groups
+inputs a word), where there is an offset that in each byte of a word, the scale as float32, and the correction (see
+BlockFormat) as float32 or int32. Records stand in groups
 of `tokens` rows (the last group may be smaller): group g holds [block][row] from row g * tokens on, so that a step of
 the product reads them in order.
 """
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from tilewright.models.quant.base import BLOCK
 from tilewright.schedules.cpu import isa
-from tilewright.schedules.cpu.block_dot import GROUPS, BlockFormat, quantize_block
+from tilewright.schedules.cpu.block_dot import GROUPS, BlockFormat
 from tilewright.schedules.cpu.isa import LANES, Buffer, Expr, T
 from tilewright.schedules.cpu.linear_common import LinearFacts
 
@@ -60,13 +61,15 @@ class QuantizedRows:
         state = prologue.begin_row(x, row)
         with T.serial(0, self.blocks) as b:
             values = [prologue.values(x, norm, state, row, b * BLOCK + LANES * h) for h in range(2)]
-            q, scale, total = quantize_block(values, form.activation_bits)
+            block = form.quantize(values)
             at = self.record(first, rows, b, row - first)
-            for h, half in enumerate(q):
+            for h, half in enumerate(block.values):
                 for plane, part in enumerate(form.split(half)):
                     isa.store(self.bytes, part, at * 4 + plane * BLOCK + LANES * h)
-            T.buffer_store(self.floats, scale, [at + self.record_words - 2])
-            correction = form.correction(scale, total)
+            if block.offset is not None:
+                isa.store(self.bytes, T.broadcast(T.cast(block.offset, "int8"), 4), at * 4 + BLOCK, lanes=4)
+            T.buffer_store(self.floats, block.scale, [at + self.record_words - 2])
+            correction = form.correction(block.scale, block.total)
             T.buffer_store(self.floats if form.has_minimum else self.words, correction, [at + self.record_words - 1])
 
     def record(self, first: Expr, rows: Expr, block: Expr, skip: Expr) -> Expr:
@@ -74,10 +77,9 @@ class QuantizedRows:
         return isa.settled((first * self.blocks + block * rows + skip) * self.record_words, "int64")
 
     def vectors(self, at: Expr) -> list[list[Expr]]:
-        """By plane, the 8 words of the record at `at`, each in all lanes."""
-        return [
-            [isa.splat(self.words[at + plane * GROUPS + j]) for j in range(GROUPS)] for plane in range(self.form.planes)
-        ]
+        """By plane, the words of the record at `at`, each in all lanes."""
+        planes, groups = range(self.form.planes), range(self.form.groups)
+        return [[isa.splat(self.words[at + plane * GROUPS + j]) for j in groups] for plane in planes]
 
     def scale(self, at: Expr) -> Expr:
         return self.floats[at + self.record_words - 2]
@@ -87,4 +89,4 @@ class QuantizedRows:
 
 
 def record_words(form: BlockFormat) -> int:
-    return form.planes * GROUPS + 2
+    return form.planes * GROUPS + form.offset + 2

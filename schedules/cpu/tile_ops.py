@@ -2,11 +2,12 @@
 
 The plain form exists so that kernels written on tiles can be checked on any machine. Shapes are fixed for all kernels:
 
-    tiles 0, 1  int32[16 tokens][16 outputs]    sums
-    tiles 2, 3  int8[16 tokens][32 inputs]      activations
-    tiles 4, 5  uint8[8][16 outputs * 4 inputs] weights, 4 inputs of an output side by side
+    tiles 0, 1  int32[16 tokens][16 outputs]         sums
+    tiles 2, 3  int8[16 tokens][4 * groups]          activations
+    tiles 4, 5  uint8[groups][16 outputs * 4 inputs] weights, 4 inputs of an output side by side
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -14,7 +15,8 @@ from tvm import tirx
 from tilewright.schedules.cpu.isa import Buffer, Expr, T, bytes_of, store
 
 SUMS, ACTIVATIONS, WEIGHTS = (0, 1), (2, 3), (4, 5)
-TOKENS, OUTPUTS, INPUTS = 16, 16, 32
+TOKENS, OUTPUTS = 16, 16
+MAX_GROUPS = 16
 
 
 class TileOps(Protocol):
@@ -31,8 +33,15 @@ class TileOps(Protocol):
     def end(self) -> None: ...
 
 
+@dataclass(frozen=True)
 class AmxTiles:
     """The instructions. The process must have asked the kernel for tile registers first (arch_prctl 0x1023, 18)."""
+
+    groups: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.groups <= MAX_GROUPS:
+            raise ValueError(f"tiles of {self.groups} groups of 4 inputs are not within 1 to {MAX_GROUPS}")
 
     def begin(self) -> None:
         """Load the configuration: palette 1, bytes a row from byte 16 on, rows from byte 48 on.
@@ -42,7 +51,8 @@ class AmxTiles:
         config = T.alloc_buffer((64,), "uint8", scope="local")
         store(config, bytes_of(0), 0, lanes=64)
         values = {0: 1}
-        for tiles, row_bytes, rows in ((SUMS, 64, TOKENS), (ACTIVATIONS, INPUTS, TOKENS), (WEIGHTS, 64, INPUTS // 4)):
+        shapes = ((SUMS, 64, TOKENS), (ACTIVATIONS, 4 * self.groups, TOKENS), (WEIGHTS, 64, self.groups))
+        for tiles, row_bytes, rows in shapes:
             for tile in tiles:
                 values |= {16 + 2 * tile: row_bytes, 48 + tile: rows}
         for index, value in values.items():
@@ -68,25 +78,28 @@ class AmxTiles:
 class PlainTiles:
     """The same operations on arrays."""
 
+    def __init__(self, groups: int) -> None:
+        self.inputs = 4 * groups
+
     def begin(self) -> None:
         self.tiles: dict[int, Any] = {t: T.alloc_buffer((TOKENS * OUTPUTS,), "int32") for t in SUMS}
-        self.tiles |= {t: T.alloc_buffer((TOKENS * INPUTS,), "int8") for t in ACTIVATIONS}
-        self.tiles |= {t: T.alloc_buffer((OUTPUTS * INPUTS,), "uint8") for t in WEIGHTS}
+        self.tiles |= {t: T.alloc_buffer((TOKENS * self.inputs,), "int8") for t in ACTIVATIONS}
+        self.tiles |= {t: T.alloc_buffer((OUTPUTS * self.inputs,), "uint8") for t in WEIGHTS}
 
     def zero(self, tile: int) -> None:
         with T.serial(0, TOKENS * OUTPUTS) as i:
             T.buffer_store(self.tiles[tile], T.int32(0), [i])
 
     def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None:
-        width = INPUTS if tile in ACTIVATIONS else 4 * OUTPUTS
+        width = self.inputs if tile in ACTIVATIONS else 4 * OUTPUTS
         with T.grid(int(self.tiles[tile].shape[0]) // width, width) as (row, i):
             T.buffer_store(self.tiles[tile], buffer[offset + row * stride + i], [row * width + i])
 
     def dot(self, sums: int, activations: int, weights: int) -> None:
         c, a, b = (self.tiles[t] for t in (sums, activations, weights))
-        with T.grid(TOKENS, OUTPUTS, INPUTS) as (i, n, k):
+        with T.grid(TOKENS, OUTPUTS, self.inputs) as (i, n, k):
             w = b[k // 4 * (4 * OUTPUTS) + 4 * n + k % 4]
-            product = T.cast(a[i * INPUTS + k], "int32") * T.cast(w, "int32")
+            product = T.cast(a[i * self.inputs + k], "int32") * T.cast(w, "int32")
             T.buffer_store(c, c[i * OUTPUTS + n] + product, [i * OUTPUTS + n])
 
     def store(self, tile: int, buffer: Buffer, row: int) -> None:

@@ -21,7 +21,7 @@ from tilewright.schedules.cpu import linear_block_gemm
 from tilewright.schedules.cpu.linear_block_amx import AmxTile, LinearBlockAmx
 from tilewright.schedules.cpu.linear_block_gemm import GemmTile, LinearBlockGemm
 from tilewright.schedules.cpu.linear_block_gemv import GemvTile, LinearBlockGemv
-from tilewright.schedules.cpu.tile_ops import PlainTiles
+from tilewright.schedules.cpu.tile_ops import AmxTiles, PlainTiles
 
 ROWS = (1, 2, 3, 7, 16, 33)
 GEMV, GEMM = LinearBlockGemv(), LinearBlockGemm()
@@ -120,6 +120,23 @@ def test_the_largest_values_are_exact(form, target):
     weight[:4] = 1
     weight[4:8] = signs[0]
     arguments = [x, FORMATS[form].pack(weight)]
+    run = KernelRunner(lower(GEMM, Call("linear", spec, None, 64), target, SMALL_TILE), target)
+    assert_close(run(*arguments)[0], integer_reference(spec, arguments), "float32")
+
+
+@pytest.mark.parametrize("form", ["q4_0", "q4_1"])
+@pytest.mark.parametrize("target", MACHINES, ids=lambda t: t.name)
+def test_an_offset_is_exact_wherever_zero_lies(form, target):
+    """Blocks of 8-bit activations on one side of zero, on both, and with all values at the ends of their range."""
+    spec = spec_of(form, 33, 64, bits=8)
+    rng = np.random.default_rng()
+    x = rng.uniform(size=(9, 64)).astype(np.float32)
+    x[1] *= -1
+    x[2:4] = np.where(rng.random((2, 64)) < 0.5, -1, 1)
+    x[4:6] = np.where(rng.random((2, 64)) < 0.5, 0, [[1], [-1]])
+    x[6, :32] = 0
+    x[7, ::32] = -200
+    arguments = [x, FORMATS[form].pack(rng.normal(size=(33, 64)).astype(np.float32))]
     run = KernelRunner(lower(GEMM, Call("linear", spec, None, 64), target, SMALL_TILE), target)
     assert_close(run(*arguments)[0], integer_reference(spec, arguments), "float32")
 
@@ -240,17 +257,28 @@ def test_nothing_is_written_behind_the_result(spec):
     assert np.isnan(guarded[expected.size :]).all()
 
 
-def test_a_row_of_zeros_and_a_row_of_nan_stay_apart():
-    """A zero block has no scale; NaN shows in its own row only."""
-    spec = spec_of("q4_1", 20, 64)
-    arguments = random_arguments(spec, 4)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_row_of_zeros_and_a_row_of_nan_stay_apart(bits):
+    """A zero block has no scale; NaN of either sign shows in its own row only."""
+    spec = spec_of("q4_1", 20, 64, bits=bits)
+    arguments = random_arguments(spec, 5)
     arguments[0][1] = 0
     arguments[0][2, 5] = np.nan
+    arguments[0][4, 40] = -np.nan
     clean = [arguments[0][[0, 3]].copy(), *arguments[1:]]
     actual = gemm(spec)(*arguments)[0]
     assert not actual[1].any()
-    assert np.isnan(actual[2]).all()
+    assert np.isnan(actual[[2, 4]]).all()
     np.testing.assert_array_equal(actual[[0, 3]], gemm(spec)(*clean)[0])
+
+
+def test_weights_are_asked_for_ahead_of_their_use():
+    spec = spec_of("q4_1", 40, 64)
+    for schedule, m, tile in ((GEMM, None, SMALL_TILE),):
+        lowering = lower(schedule, Call("linear", spec, m, m or 8), tile=tile)
+        target = {"kind": "llvm", "mcpu": host_target().mcpu, "mattr": list(host_target().mattr)}
+        assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[0].func}), target=target).mod.inspect_source("asm")
+        assert re.search(r"\bprefetcht1\b", assembly), schedule.name
 
 
 @pytest.mark.parametrize(
@@ -281,6 +309,8 @@ def test_tiles_check_themselves():
     for bad in (
         lambda: GemmTile(0),
         lambda: GemmTile(17),
+        lambda: GemmTile(8, 3),
+        lambda: AmxTiles(17),
         lambda: GemvTile(0),
         lambda: AmxTile(3),
         lambda: AmxTile(1, 8),
