@@ -23,6 +23,7 @@ PROMPTS = (128, 512, 2048, 8192)
 _SETTLING = 4  # steps
 FULL_STEPS = 96  # tokens of an answer after the last prompt was computed
 REQUESTS = 1000
+CHAT_MEANS, CHAT_SPREAD, CHAT_MOST = (179, 186), 0.8, 1024  # tokens in and out; sigma of their logarithms; the longest
 
 Add = Callable[..., None]  # (case, samples, **facts)
 Mark = tuple[float, int, int]  # seconds; steps launched, and tokens in them, since the engine's start
@@ -133,12 +134,18 @@ def time_first(engine: Any, limits: Any, length: int, add: Add) -> None:
     add("first", samples[1:], prompt=length)
 
 
+def chat_lengths(rng: np.random.Generator, mean: float, count: int) -> np.ndarray:
+    """int[count] in 4..CHAT_MOST, lognormal, of that mean."""
+    drawn = rng.lognormal(0.0, CHAT_SPREAD, count)
+    for _ in range(20):  # what is cut off at the top is given to the others
+        drawn = np.clip(drawn * (mean / drawn.mean()), 4, CHAT_MOST)
+    return np.rint(drawn).astype(int)
+
+
 def time_chat(engine: Any, limits: Any, add: Add, requests: int) -> None:
-    """Output tokens a second of many requests of chat-like lengths, all submitted at once: lognormal, means 179 in and
-    186 out."""
+    """Output tokens a second of many requests of chat-like lengths, all submitted at once."""
     rng = np.random.default_rng(7)
-    ins = np.clip(rng.lognormal(np.log(179) - 0.5, 1.0, requests), 4, 2048).astype(int)
-    outs = np.clip(rng.lognormal(np.log(186) - 0.5, 1.0, requests), 4, 2048).astype(int)
+    ins, outs = (chat_lengths(rng, mean, requests) for mean in CHAT_MEANS)
     prompts = _prompts(limits, ins, 8)
     params = [_params(int(n)) for n in outs]
     start = time.perf_counter()

@@ -155,6 +155,14 @@ def test_a_mixed_step_is_one_that_the_executor_takes() -> None:
     executor.launch(batch)
 
 
+def test_chat_lengths_have_their_mean() -> None:
+    from bench.gpu_model import CHAT_MOST, chat_lengths
+
+    lengths = chat_lengths(np.random.default_rng(1), 186, 1000)
+    assert lengths.mean() == pytest.approx(186, abs=1) and lengths.min() >= 4 and lengths.max() == CHAT_MOST
+    assert np.median(lengths) < 150
+
+
 def test_a_steps_time_is_that_of_full_steps() -> None:
     """Prompts, ten steps of four streams in which a stream's end shows, and a mark between two counts."""
     from bench.gpu_model import full_steps
