@@ -7,6 +7,7 @@ a new one, fails a test until somebody has said what it has to look like.
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from tests.conftest import REAL_MODEL
 from tests.cubins import DeviceKernel, device_kernels
 from tests.runtime.test_cuda_imports import check
 from tests.stand_in_cuda import run_with_stand_in
-from tilewright.compiler import options
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.frontends.packages import PACKAGED_MODELS
+from tilewright.schedules.cuda.linear import Linear
 
 # Every schedule that a Llama's step consists of.
 SCHEDULES = {"embedding", "linear", "paged_attention", "qkv_append", "rms_norm", "sample"}
+
+STEPS = ("step", "step_decode")  # of any tokens, and of one generated token each of some sequences
 
 # Two layers of an 8B Llama.
 LLAMA_8B = {
@@ -62,23 +65,27 @@ class Compiled:
     device: Mapping[str, DeviceKernel]
 
     def kernels(self, schedule: str | None = None) -> list[Mapping[str, Any]]:
-        """The manifest's kernels, or those of one schedule."""
-        return [k for k in self.artifact.manifest.kernels if schedule in (None, k["schedule"])]
+        """The manifest's kernels, or those of one schedule, without the host functions that pick one of several."""
+        kernels = self.artifact.manifest.kernels
+        return [k for k in kernels if schedule in (None, k["schedule"]) and not _picks(k)]
 
     def code(self, kernel: Mapping[str, Any]) -> DeviceKernel:
         return self.device[f"{kernel['name']}_kernel"]
 
     def calls(self, schedule: str, step: str) -> int:
-        return sum(k["calls"].get(step, 0) for k in self.kernels(schedule))
+        return sum(k["calls"].get(step, 0) for k in self.artifact.manifest.kernels if k["schedule"] == schedule)
+
+
+def _picks(kernel: Mapping[str, Any]) -> bool:
+    return kernel["name"].startswith(f"{kernel['schedule']}_by_rows_")
 
 
 @pytest.fixture(scope="module", params=["smollm2", "8b"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
-    """With two steps, since every size has tiles of its own: one decoded token, and up to 2048 of any kind."""
+    """With few tiles, since to compile all of them takes a minute a model: for one token, up to 16, and up to 2048."""
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
-        few = dataclasses.replace(options.DEFAULTS["cuda"], decode_buckets=(1,))
-        patch.setitem(options.DEFAULTS, "cuda", few)
+        patch.setattr(Linear, "bounds", lambda *_: (16,) if request.param == "smollm2" else ())
         model, weights = _source(request.param, folder)
         artifact = tilewright.compile(
             model, target="nvidia-h100", weights=weights, max_batch=1, max_tokens=2048, output=folder / "m.tw"
@@ -96,12 +103,12 @@ def _source(name: str, folder: Path) -> tuple[str, str]:
 
 def test_every_kernel_is_known_and_there(compiled: Compiled) -> None:
     """None is left out of what follows, none runs by its reference body, and none is in the library by another name."""
-    assert {k["schedule"] for k in compiled.kernels()} == SCHEDULES
+    assert {k["schedule"] for k in compiled.artifact.manifest.kernels} == SCHEDULES
     assert not [w for w in compiled.artifact.manifest.warnings if "slowly" in w]
     names = {f"{k['name']}_kernel" for k in compiled.kernels()}
     assert names == {n for n in compiled.device if n.startswith(tuple(SCHEDULES))}
     layers = compiled.artifact.manifest.model["layers"]
-    for step in ("step", "step_1"):
+    for step in STEPS:
         counts = {schedule: compiled.calls(schedule, step) for schedule in SCHEDULES - {"paged_attention"}}
         assert counts == {
             "embedding": 1,
@@ -114,23 +121,25 @@ def test_every_kernel_is_known_and_there(compiled: Compiled) -> None:
 
 def test_linears_multiply_by_wgmma_what_tma_loads(compiled: Compiled) -> None:
     linears = compiled.kernels("linear")
-    assert len(linears) >= 8, "four of a layer and the logits', for one token and for many; some may be the same"
-    for kernel in linears:
-        sass = compiled.code(kernel).sass
-        assert "HGMMA" in sass and "UTMALDG" in sass, kernel["name"]
+    assert len(linears) >= 8, "four of a layer and the logits', for few tokens and for many; some may be the same"
+    with ThreadPoolExecutor() as pool:  # a disassembler each
+        for kernel, sass in zip(linears, pool.map(lambda k: compiled.code(k).sass, linears), strict=True):
+            assert "HGMMA" in sass and "UTMALDG" in sass, kernel["name"]
 
 
 def test_attention_multiplies_prompts_by_wgmma(compiled: Compiled) -> None:
-    """A step of any tokens has two kernels a layer, for prompts and for decoded tokens, and plans both once; a step of
-    decoded tokens has one of each."""
+    """A step of any tokens has two kernels a layer, for prompts and for generated tokens, and plans both once; a step
+    of generated tokens alone has one of each, which may be picked of several."""
     layers, attention = compiled.artifact.manifest.model["layers"], compiled.kernels("paged_attention")
-    for step, kinds in (("step", ["decode", "prefill"]), ("step_1", ["decode"])):
-        working = [compiled.code(k).sass for k in attention if k["calls"].get(step) == layers]
-        planning = [k for k in attention if k["calls"].get(step) == 1]
-        assert sorted("prefill" if "HGMMA" in sass else "decode" for sass in working) == kinds
-        assert all("UTMALDG" in sass for sass in working), "pages come by TMA"
-        assert len(planning) == len(kinds)
-        assert compiled.calls("paged_attention", step) == len(kinds) * (layers + 1), "none is overlooked"
+    planning = [k["name"] for k in attention if 1 in k["calls"].values()]
+    working = {k["name"]: compiled.code(k).sass for k in attention if k["name"] not in planning}
+    assert all("UTMALDG" in sass for sass in working.values()), "pages come by TMA"
+    [prefill] = [name for name, sass in working.items() if "HGMMA" in sass]
+    steps = {k["name"]: [step for step in STEPS if k["calls"].get(step) == layers] for k in attention}
+    assert steps[prefill] == ["step"]
+    for step, kinds in zip(STEPS, (2, 1), strict=True):
+        assert compiled.calls("paged_attention", step) == kinds * (layers + 1), "none is overlooked"
+    assert len(planning) == 3
 
 
 def test_no_kernel_spills(compiled: Compiled) -> None:
@@ -179,8 +188,8 @@ def test_it_is_served_up_to_its_launches_with_driver_and_cudart_alone(compiled: 
     assert ran.told["drawn"] == 12
     plain = 12  # plain operators of a step: position tables, slots, the rows that are wanted
     manifest = compiled.artifact.manifest
-    kernels = {f: sum(k["calls"].get(f, 0) for k in manifest.kernels) for f in ("step", "step_1")}
-    assert {function for function, _ in ran.told["steps"]} == {"step", "step_1"}
+    kernels = {step: sum(k["calls"].get(step, 0) for k in manifest.kernels) for step in STEPS}
+    assert {function for function, _ in ran.told["steps"]} == set(STEPS)
     for function, launched in ran.told["steps"]:
         assert kernels[function] <= launched <= kernels[function] + plain, function
-    assert len([f for f, _ in ran.told["steps"] if f == "step_1"]) == 2, "once run, once captured; then it is a graph"
+    assert [f for f, _ in ran.told["steps"]].count("step_decode") == 2, "once run, once captured; then it is a graph"
