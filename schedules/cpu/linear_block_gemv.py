@@ -72,6 +72,7 @@ def _kernel(facts: LinearFacts, tile: GemvTile, machine: Isa) -> tirx.PrimFunc:
                 for u in range(tile.unroll):
                     b = step * tile.unroll + u
                     at = row.record(0, 1, b, 0)
+                    form.prefetch(weight, panel, b)
                     dot = form.dot(weight, panel, b, row.vectors(at), row.correction(at))
                     d, m = form.scales(weight, panel, b)
                     isa.store(acc, form.accumulate(isa.load(acc, 0), dot, d, m, row.scale(at), row.correction(at)), 0)

@@ -274,7 +274,7 @@ def test_a_row_of_zeros_and_a_row_of_nan_stay_apart(bits):
 
 def test_weights_are_asked_for_ahead_of_their_use():
     spec = spec_of("q4_1", 40, 64)
-    for schedule, m, tile in ((GEMM, None, SMALL_TILE),):
+    for schedule, m, tile in ((GEMV, 1, None), (GEMM, None, SMALL_TILE)):
         lowering = lower(schedule, Call("linear", spec, m, m or 8), tile=tile)
         target = {"kind": "llvm", "mcpu": host_target().mcpu, "mattr": list(host_target().mattr)}
         assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[0].func}), target=target).mod.inspect_source("asm")
