@@ -82,10 +82,8 @@ Body = tuple[list[Any], Callable[..., Expr]]
 # Arithmetic, shared by the bodies and their tests
 
 
-def attention(emit: Emit, spec: AttentionSpec, q: Expr, k: Expr, v: Expr) -> Expr:
-    """q[n,H,D], k, v[n,G,D] -> [n,H,D]. Vaswani et al. 2017; grouped queries: Ainslie et al. 2023."""
-    if spec.sinks:
-        raise CompileError("attention with sinks has no body in plain operators; drop the sinks from the model")
+def attention(emit: Emit, spec: AttentionSpec, q: Expr, k: Expr, v: Expr, sinks: Expr | None = None) -> Expr:
+    """q[n,H,D], k, v[n,G,D], sinks[H] -> [n,H,D]. Vaswani et al. 2017; grouped queries: Ainslie et al. 2023."""
     group, n = spec.heads // spec.kv_heads, q.ty.shape.values[0]
     keys, values = (emit(op.repeat(t, group, 1)) for t in (k, v))
     queries, values = (emit(op.permute_dims(t, [1, 0, 2])) for t in (q, values))
@@ -96,8 +94,18 @@ def attention(emit: Emit, spec: AttentionSpec, q: Expr, k: Expr, v: Expr) -> Exp
         scores = emit(op.multiply(scores, relax.const(spec.soft_cap)))
     if spec.causal:
         scores = emit(op.where(causal_mask(emit, n, spec.window), scores, relax.const(MASKED)))
-    out = emit(op.matmul(emit(op.nn.softmax(scores, axis=-1)), values))
+    weights = op.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with(emit, scores, sinks)
+    out = emit(op.matmul(emit(weights), values))
     return emit(op.permute_dims(out, [1, 0, 2]))
+
+
+def _softmax_with(emit: Emit, scores: Expr, sinks: Expr) -> Expr:
+    """Softmax of scores[H,n,n] over keys and a sink a head, which gets no column."""
+    sink = emit(op.expand_dims(sinks, [1, 2]))
+    peak = emit(op.maximum(emit(op.max(scores, axis=-1, keepdims=True)), sink))
+    weights = emit(op.exp(emit(op.subtract(scores, peak))))
+    rest = emit(op.exp(emit(op.subtract(sink, peak))))
+    return op.divide(weights, emit(op.add(emit(op.sum(weights, axis=-1, keepdims=True)), rest)))
 
 
 def causal_mask(emit: Emit, n: Expr, window: int | None) -> Expr:
@@ -148,7 +156,8 @@ def rms_norm(emit: Emit, spec: NormSpec, x: Expr, weight: Expr) -> Expr:
 def _attention(spec: AttentionSpec, rank: int) -> Body:
     n, heads, dim = _n(), (spec.heads, spec.kv_heads, spec.kv_heads), spec.head_dim
     params = [_tensor(name, n, h, dim) for name, h in zip("qkv", heads, strict=True)]
-    return params, lambda emit, q, k, v: attention(emit, spec, q, k, v)
+    params += [_tensor("sinks", spec.heads)] * spec.sinks
+    return params, lambda emit, *args: attention(emit, spec, *args)
 
 
 def _rope(spec: RopeSpec, rank: int) -> Body:

@@ -10,14 +10,14 @@ checked against. Shapes are written with n or t (tokens), H (query heads), G (KV
 
 | composite | arguments | result | stage |
 |---|---|---|---|
-| attention | q[n,H,D] k[n,G,D] v[n,G,D] | [n,H,D] | fused |
+| attention | q[n,H,D] k[n,G,D] v[n,G,D] (sinks[H]) | [n,H,D] | fused |
 | rope | x[n,h,D] cos[n,D/2] sin[n,D/2] | [n,h,D] | fused, served |
 | rms_norm | x[...,K] weight[K] | [...,K] | fused, served |
 | gated | x[n,2I] = gate, up side by side | [n,I] | fused, served |
 | linear | x[n,K] weight[N,K] (bias[N]) | [n,N] | fused, served |
 | embedding | table[V,K] tokens[n] | [n,K] | fused, served |
 | kv_append | pages k[t,G,D] v[t,G,D] slots[t] layer | pages | served |
-| paged_attention | q[t,H,D] pages, positions to phases of `STEP_INPUTS` but slots, layer | [t,H,D] | served |
+| paged_attention | q[t,H,D] pages, positions to phases of `STEP_INPUTS` but slots, layer (sinks) | [t,H,D] | served |
 | qkv_append | qkv[t,(H+2G)D] cos sin (q_norm[D] k_norm[D]) pages slots layer | (q[t,H,D], pages) | served |
 | sample | logits[r,V] and `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
 """
@@ -30,7 +30,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """softmax(scale * q k^T + mask) v. `window`: a query at i sees keys j with i - window < j <= i."""
+    """softmax(scale * q k^T + mask) v. `window`: a query at i sees keys j with i - window < j <= i. `sinks`: each head
+    has one more score, without a value, in the sum that weights are divided by (Xiao et al. 2024; learned, in float32
+    and not scaled, as in gpt-oss)."""
 
     heads: int
     kv_heads: int

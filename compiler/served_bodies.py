@@ -133,7 +133,8 @@ def _paged_attention(builder: relax.BlockBuilder, spec: PagedAttentionSpec) -> _
     inputs = input_vars(STEP_INPUTS, extents, PAGED_ATTENTION_INPUTS)
     shape = (extents["t"], attention.heads, attention.head_dim)
     q = tensor("q", shape, spec.dtype)
-    params = [q, pages_var(spec.kv), *inputs.values(), _layer_var()]
+    sinks = [tensor("sinks", (attention.heads,))] * attention.sinks
+    params = [q, pages_var(spec.kv), *inputs.values(), _layer_var(), *sinks]
     kernel = builder.add_func(paged_attention_kernel(spec), "attend_tir")
 
     def body(emit: Emit) -> Expr:
@@ -144,7 +145,8 @@ def _paged_attention(builder: relax.BlockBuilder, spec: PagedAttentionSpec) -> _
 
 
 def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
-    """(q, pages, positions, indptr, page_indptr, page_indices, kv_len, phases, layer, out): softmax key by key."""
+    """(q, pages, positions, indptr, page_indptr, page_indices, kv_len, phases, layer, out): softmax key by key. With
+    sinks, f32[H], between layer and out."""
     attention, kv = spec.attention, spec.kv
     heads, kv_heads, dim, page_size = attention.heads, kv.kv_heads, kv.head_dim, kv.page_size
     group, dtype = heads // kv_heads, kv.dtype
@@ -169,10 +171,13 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
         kv_len_handle: T.handle,
         phases_handle: T.handle,
         layer: T.int64,
+        sinks_handle: T.handle,
         out_handle: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
         num_pages, t, b, p = T.int64(), T.int64(), T.int64(), T.int64()
+        if attention.sinks:
+            sinks = T.match_buffer(sinks_handle, (heads,), "float32")
         q = T.match_buffer(q_handle, (t, heads, dim), "float32")
         pages = T.match_buffer(pages_handle, (kv.layers, num_pages, 2, kv_heads, page_size * dim), dtype)
         positions = T.match_buffer(positions_handle, (t,), "int32")
@@ -203,8 +208,8 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
                 for query in T.serial(indptr[s + 1] - indptr[s]):
                     i = T.meta_var(indptr[s] + query)
                     first = T.meta_var(first_key(positions[i]))
-                    peak[0] = T.float32(-3.0e38)
-                    total[0] = T.float32(0)
+                    peak[0] = sinks[h] if attention.sinks else T.float32(-3.0e38)
+                    total[0] = T.float32(1 if attention.sinks else 0)
                     for d in T.serial(dim):
                         out[i, h, d] = T.float32(0)
                     for key in T.serial(T.min(positions[i] + 1, kv_len[s]) - first):
@@ -230,7 +235,12 @@ def paged_attention_kernel(spec: PagedAttentionSpec) -> tirx.PrimFunc:
                     for d in T.serial(dim):
                         out[i, h, d] = out[i, h, d] / total[0]
 
-    return attend
+    return attend if attention.sinks else _without(attend, "sinks_handle")
+
+
+def _without(func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
+    """The function without a parameter that it does not use."""
+    return tirx.PrimFunc([p for p in func.params if p.name != name], func.body, func.ret_type, func.attrs)
 
 
 def _qkv_append(builder: relax.BlockBuilder, spec: QKVAppendSpec) -> _Body:

@@ -131,7 +131,7 @@ class _Paging:
             self.narrow[var] = self.emit(self._map(value, rows=True), var.name)
 
     def _paged(self, call: Expr, layer: int, spec: AttentionSpec) -> Expr:
-        q, k, v = (self.emit.new[a] for a in call.args)
+        q, k, v, *sinks = (self.emit.new[a] for a in call.args)
         index = self.emit(relax.prim_value(layer), "layer")  # bound, since a literal argument does not parse back
         builder = self.emit.builder
         append = add_served_composite(builder, "kv_append", AppendSpec(self.kv))
@@ -139,7 +139,7 @@ class _Paging:
         attend = add_served_composite(builder, "paged_attention", paged)
         self.pages = self.emit(relax.Call(append, [self.pages, k, v, self.inputs["slots"], index]), "pages")
         plan = [self.inputs[name] for name in PAGED_ATTENTION_INPUTS]
-        return self.emit(relax.Call(attend, [q, self.pages, *plan, index]), "attention")
+        return self.emit(relax.Call(attend, [q, self.pages, *plan, index, *sinks]), "attention")
 
     def _positions(self, arange: Expr) -> Expr:
         dtype = str(arange.ty.dtype)
@@ -187,9 +187,6 @@ def _kv_format(options: InsertPagedKV, layers: list[AttentionSpec]) -> KVFormat:
     """The geometry that all attention layers share."""
     if not layers:
         raise CompileError("the program has no attention that the compiler knows; there is nothing to page")
-    sinks = [i for i, spec in enumerate(layers) if spec.sinks]
-    if sinks:
-        raise CompileError(f"attention layer {sinks[0]} has sinks, which the paged cache does not serve; drop them")
     first = layers[0]
     for i, spec in enumerate(layers):
         if (spec.kv_heads, spec.head_dim) != (first.kv_heads, first.head_dim):

@@ -31,7 +31,7 @@ Axis: TypeAlias = Any  # int, None for no tokens, or a tuple of these for a tupl
 
 # The token axis of each argument of a composite, where its result has tokens along axis 0; None: a weight.
 COMPOSITES: dict[str, tuple[int | None, ...]] = {
-    "attention": (0, 0, 0),
+    "attention": (0, 0, 0, None),
     "rope": (0, 0, 0),
     "rms_norm": (0, None),
     "gated": (0,),

@@ -12,6 +12,7 @@ Memory past the end of a sequence, or before its window, may hold NaN. Keys ther
 become zeros in registers, since 0 * NaN is NaN.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,8 @@ class DecodeTile:
 @deferred
 def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_max: int) -> Any:
     """(q[t,H,D], pages[layers,num_pages,2,G,page_size*D], page_indices i32[p], work, partials, counters, layer i64,
-    out[t,H,D]), with the planner's outputs in the middle. Counters are 0 before and after."""
+    sinks f32[H], out[t,H,D]), with the planner's outputs in the middle. Counters are 0 before and after. A sink is a
+    score without a value, in the scale of the softmax; the argument is not read where the spec has none."""
     attention, kv, blocks = spec.attention, spec.kv, HeadBlocks.of(spec)
     heads, kv_heads, dim, page_size = attention.heads, kv.kv_heads, attention.head_dim, kv.page_size
     stages, grid = tile.stages, tile.blocks_per_sm * target.sms
@@ -109,6 +111,7 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
         partials_handle: T.handle,
         counters_handle: T.handle,
         layer: T.int64,
+        sinks_handle: T.handle,
         out_handle: T.handle,
     ):
         t = T.int32()
@@ -120,6 +123,8 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
         work = T.match_buffer(work_handle, work_shape, "int32")
         partials = T.match_buffer(partials_handle, partials_shape, "float32")
         counters = T.match_buffer(counters_handle, counters_shape, "int32")
+        if attention.sinks:
+            sinks = T.match_buffer(sinks_handle, (heads,), "float32")
         out = T.match_buffer(out_handle, (t, heads, dim), spec.dtype)
         rows_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
         rows: T.let = num_pages * (kv.layers * 2 * kv_heads * page_size)
@@ -382,7 +387,19 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
                     start = start + batch
 
             @T.inline
+            def add_sinks():
+                """To the sums of weights; after all keys, so that parts of a query need not know of them."""
+                for h in T.unroll(4):
+                    sink: T.float32 = sinks[T.min(todo.first_head + quad * 4 + h, heads - 1)]
+                    T.ptx["mul.rn.f32"](sink, sink, T.float32(math.log2(math.e)))
+                    T.ptx["fma.rn.f32"](sink, tree.whole.largest[h], T.float32(-node.exponent), sink)
+                    T.ptx["ex2.approx.ftz.f32"](sink, sink)
+                    tree.whole.total[h] = tree.whole.total[h] + sink
+
+            @T.inline
             def write():
+                if attention.sinks:
+                    add_sinks()
                 for k in T.unroll(count):
                     d: T.let = first_dim + k * dims_a_turn
                     for h in T.unroll(4):

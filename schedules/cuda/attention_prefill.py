@@ -28,7 +28,7 @@ from tvm.tirx.cuda.lang import MBarrier, PipelineState, SMEMPool, TMABar
 from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import KernelCall, Output, Reject, deferred
-from tilewright.schedules.cuda.attention_spec import refuse_attention
+from tilewright.schedules.cuda.attention_spec import refuse_attention, sinks_argument
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.prefill_plan import WORK, WORK_ROW, plan_call
 from tilewright.schedules.cuda.prefill_rows import CHUNK, Products, Rows
@@ -126,8 +126,8 @@ def prefill_calls(
     plan = plan_call(tile.tokens, tile.keys, spec.attention.window, m_max, target, spec.strict)
     kernel = _prefill_kernel(spec, tile, target, m_max)
     done = Output("prefilled", (1,), "int32")
-    inputs = (0, 1, 5, WORK, 8) if made else (0, 1, 5, WORK, 8, "out")
-    return plan, KernelCall(kernel, inputs, (*made, done))
+    inputs = (0, 1, 5, WORK, 8, sinks_argument(spec))
+    return plan, KernelCall(kernel, inputs if made else (*inputs, "out"), (*made, done))
 
 
 @T.meta_class
@@ -270,6 +270,7 @@ def _prefill_kernel(spec: PagedAttentionSpec, tile: PrefillTile, target: Target,
         page_indices_handle: T.handle,
         work_handle: T.handle,
         layer: T.int64,
+        sinks_handle: T.handle,
         out_handle: T.handle,
         prefilled_handle: T.handle,
     ):
@@ -280,6 +281,8 @@ def _prefill_kernel(spec: PagedAttentionSpec, tile: PrefillTile, target: Target,
         pages = T.match_buffer(pages_handle, (kv.layers, num_pages, 2, kv.kv_heads, page_elements), dtype)
         page_indices = T.match_buffer(page_indices_handle, (p,), "int32")
         work = T.match_buffer(work_handle, (1 + m_max, WORK_ROW), "int32")
+        if spec.attention.sinks:
+            sinks = T.match_buffer(sinks_handle, (heads,), "float32")
         out = T.match_buffer(out_handle, (t, heads, dim), dtype)
         prefilled = T.match_buffer(prefilled_handle, (1,), "int32")
         # Queries as [dim, head, token], pages as [dim, row, layer]. Past the last dimension TMA writes zeros.
@@ -375,6 +378,12 @@ def _prefill_kernel(spec: PagedAttentionSpec, tile: PrefillTile, target: Target,
             piece: T.int32
 
             @T.inline
+            def begin_tile():
+                own.begin()
+                if spec.attention.sinks:
+                    own.add_sinks(sinks, tiles.group * tile_heads)
+
+            @T.inline
             def begin_scores():
                 """Of the tile's queries and the block of keys at hand."""
                 k_full.wait(k_ring.stage, k_ring.phase)
@@ -418,7 +427,7 @@ def _prefill_kernel(spec: PagedAttentionSpec, tile: PrefillTile, target: Target,
                 begin_scores()
                 T.ptx["wgmma.wait_group.sync.aligned"](0)
                 release(k_empty, k_ring)
-                own.begin()
+                begin_tile()
                 own.softmax(tiles.position - tiles.block * keys)
                 own.round_weights()
                 while T.Or(tiles.block > tiles.last_block, tiles.next_tokens > 0):
@@ -441,7 +450,7 @@ def _prefill_kernel(spec: PagedAttentionSpec, tile: PrefillTile, target: Target,
                     own.old_total[0] = own.total[0]
                     own.old_total[1] = own.total[1]
                     if fresh == 1:
-                        own.begin()
+                        begin_tile()
                     own.softmax(tiles.position - tiles.block * keys)
                     # The wait stands in both branches: before them it would move up, to where the softmax begins.
                     if fresh == 1:

@@ -5,14 +5,21 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Reject
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 
+SINKS = 9  # the argument of paged_attention that holds the sinks, where its spec has them
+
+
+def sinks_argument(spec: PagedAttentionSpec) -> int:
+    """What a kernel takes for its sinks: the queries, unread, where there are none."""
+    return SINKS if spec.attention.sinks else 0
+
 
 def refuse_attention(spec: PagedAttentionSpec, target: Target) -> Reject | None:
     """Why it has no kernel here; None where it has."""
     attention, kv = spec.attention, spec.kv
     if not target.has("tma"):
         return Reject(f"{target.name} has no TMA, which gathers the pages")
-    if not attention.causal or attention.sinks:
-        return Reject("only causal attention without sinks has a CUDA kernel")
+    if not attention.causal:
+        return Reject("only causal attention has a CUDA kernel")
     if kv.k_transposed:
         return Reject("keys are stored [dim, slot]; the CUDA kernel reads [slot, dim] (KVFormat.k_transposed)")
     if kv.dtype not in PTX_TYPES or spec.dtype != kv.dtype:

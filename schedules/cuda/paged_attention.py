@@ -14,7 +14,7 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.attention_decode import DecodeTile, decode_kernel
 from tilewright.schedules.cuda.attention_prefill import PrefillTile, prefill_calls, prefill_space, refuse_prefill
-from tilewright.schedules.cuda.attention_spec import refuse_attention
+from tilewright.schedules.cuda.attention_spec import refuse_attention, sinks_argument
 from tilewright.schedules.cuda.decode_plan import plan_kernel
 from tilewright.schedules.cuda.decode_work import COUNTERS, PARTIALS, WORK, HeadBlocks, plan_outputs
 
@@ -79,7 +79,7 @@ class PagedAttention(Schedule):
             attend = decode_kernel(spec, decode, target, m_max)
             kernels += [
                 KernelCall(plan, (2, 3, 4, 6, 7), plan_outputs(spec, m_max), shared=True),
-                KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8), (out,)),
+                KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8, sinks_argument(spec)), (out,)),
             ]
         if tile.prefill is not None:
             kernels += prefill_calls(spec, tile.prefill, target, m_max, () if kernels else (out,))

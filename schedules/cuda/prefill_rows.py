@@ -125,6 +125,13 @@ class Rows:
             self.total[r] = T.float32(0)
 
     @T.inline
+    def add_sinks(self, sinks, first_head):
+        """A row's sink, as a key without a value that it has seen: one of the lanes that share the row counts it."""
+        for r in T.unroll(2):
+            self.peak[r] = sinks[first_head + (self.row + r * 8) % self.tile_heads] * T.float32(_LOG2E / self.scale)
+            self.total[r] = T.Select(self.quad == 0, T.float32(1), T.float32(0))
+
+    @T.inline
     def softmax(self, offset):
         """Scores to weights, in float32 where the scores were. offset: position of the tile's first token, counted from
         the block's first key."""

@@ -42,6 +42,7 @@ class Tiny:
     qk_norm: bool = False
     joint_qkv: bool = True
     bias: bool = False
+    sinks: bool = False
     taps: bool = False
     trouble: str | None = None  # a way to mix tokens
 
@@ -82,6 +83,8 @@ class _Writer:
             if c.qk_norm:
                 self.param(f"l{i}.q_norm", c.head_dim)
                 self.param(f"l{i}.k_norm", c.head_dim)
+            if c.sinks:
+                self.param(f"l{i}.sinks", c.heads)
             self.param(f"l{i}.o", c.hidden, c.q_size)
             self.param(f"l{i}.mlp_norm", c.hidden)
             self.param(f"l{i}.gate_up", 2 * c.inter, c.hidden)
@@ -158,8 +161,10 @@ class _Writer:
         k = self.call("rope", RopeSpec(c.kv_heads, c.head_dim), k, cos, sin)
         causal = c.trouble != "bidirectional"
         window = c.windows[i] if causal else None
-        spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.head_dim**-0.5, causal, window, c.soft_cap)
-        out = self.emit(op.reshape(self.call("attention", spec, q, k, v), (n, c.q_size)))
+        scale = c.head_dim**-0.5
+        spec = AttentionSpec(c.heads, c.kv_heads, c.head_dim, scale, causal, window, c.soft_cap, c.sinks)
+        sinks = [self.weights[f"l{i}.sinks"]] if c.sinks else []
+        out = self.emit(op.reshape(self.call("attention", spec, q, k, v, *sinks), (n, c.q_size)))
         return self.linear(out, f"l{i}.o")
 
     def _trouble(self, x: Expr, layer: int) -> Expr:

@@ -52,8 +52,9 @@ def check_against_plain(c: Tiny, served: InsertPagedKV) -> None:
         Tiny(),
         Tiny(heads=3, kv_heads=3, head_dim=10, qk_norm=True, joint_qkv=False, bias=True, windows=(2, None, 1)),
         Tiny(heads=4, kv_heads=1, soft_cap=5.0, windows=(None, None)),
+        Tiny(sinks=True),
     ],
-    ids=["gqa-window", "mha-norm-bias", "mqa-softcap"],
+    ids=["gqa-window", "mha-norm-bias", "mqa-softcap", "sinks"],
 )
 def test_steps_equal_one_shot(c):
     check_against_plain(c, InsertPagedKV(PAGE_SIZE))

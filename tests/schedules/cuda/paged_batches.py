@@ -33,6 +33,7 @@ class Batch:
     page_indices: Any
     k: list[Any]  # per sequence [length, G, D]
     v: list[Any]
+    sinks: Any  # float32[H]
 
     def arguments(self, layer: int = 1, chosen: Sequence[int] | None = None) -> tuple[Any, ...]:
         """The composite's arguments, for some of the sequences."""
@@ -48,7 +49,8 @@ class Batch:
         kv_len = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         phases = torch.ones(count, dtype=torch.int32, device="cuda")
         q = self.q[list(chosen)].contiguous()
-        return (q, self.pages, positions, indptr, page_indptr, self.page_indices, kv_len, phases, layer)
+        sinks = [self.sinks] if self.spec.attention.sinks else []
+        return (q, self.pages, positions, indptr, page_indptr, self.page_indices, kv_len, phases, layer, *sinks)
 
 
 def make_batch(spec: PagedAttentionSpec, lengths: Sequence[int], layer: int = 1) -> Batch:
@@ -74,7 +76,17 @@ def make_batch(spec: PagedAttentionSpec, lengths: Sequence[int], layer: int = 1)
     q = (torch.randn(len(lengths), spec.attention.heads, kv.head_dim, device="cuda") * 2).to(dtype)
     entries = torch.cat([order[: sum(counts)], torch.tensor([2**30])]).to(torch.int32).cuda()
     pages = pages.reshape(*shape[:4], kv.page_size * kv.head_dim)
-    return Batch(spec, lengths, q, pages, first_pages, entries, keys, values)
+    sinks = torch.randn(spec.attention.heads, device="cuda") * 3
+    return Batch(spec, lengths, q, pages, first_pages, entries, keys, values, sinks)
+
+
+def with_sinks(score: Any, sinks: Any) -> Any:
+    """Weights of the keys, [H, ..., keys], where each head has a score without a value beside them."""
+    import torch
+
+    shape = (len(sinks), *[1] * (score.dim() - 1))
+    column = sinks.double().reshape(shape).expand(*score.shape[:-1], 1)
+    return torch.cat([score, column], -1).softmax(-1)[..., :-1]
 
 
 def expected(batch: Batch) -> Any:
@@ -90,5 +102,6 @@ def expected(batch: Batch) -> Any:
         score = torch.einsum("hd,jhd->hj", batch.q[s].double(), k) * attention.scale
         if attention.soft_cap:
             score = attention.soft_cap * torch.tanh(score / attention.soft_cap)
-        out[s] = torch.einsum("hj,jhd->hd", score.softmax(-1), v) if length else 0
+        weights = with_sinks(score, batch.sinks) if attention.sinks else score.softmax(-1)
+        out[s] = torch.einsum("hj,jhd->hd", weights, v) if length else 0
     return out

@@ -28,6 +28,8 @@ SPECS = {
     "8of1x256-window-cap": make_spec(8, 1, 256, 32, window=1000, soft_cap=30.0),
     "5of1x32-float16-page3": make_spec(5, 1, 32, 3, "float16"),
     "4of1x128-float16": make_spec(4, 1, 128, 16, "float16"),
+    "16of2x64-window-sinks": make_spec(16, 2, 64, 16, window=128, sinks=True),
+    "6of2x128-cap-sinks": make_spec(6, 2, 128, 16, soft_cap=15.0, sinks=True),
 }
 RAGGED = [1, 15, 16, 17, 127, 128, 129, 0, 511, 512, 513, 1000, 4097, 33]
 LONG = [9000, 1]
@@ -62,7 +64,7 @@ def test_compiles_into_registers(spec: PagedAttentionSpec) -> None:
         (make_spec(head_dim=40), "nvidia-h100", "head size 40"),
         (make_spec(head_dim=272), "nvidia-h100", "head size 272"),
         (make_spec(), "nvidia-a100", "nvidia-a100 has no TMA"),
-        (make_spec(sinks=True), "nvidia-h100", "without sinks"),
+        (make_spec(causal=False), "nvidia-h100", "only causal attention"),
         (make_spec(window=0), "nvidia-h100", "a window of 0 keys"),
         (make_spec(7, 2), "nvidia-h100", "7 query heads"),
         (make_spec(dtype="float32"), "nvidia-h100", "queries of float32 over pages of float32"),

@@ -9,6 +9,7 @@ import pytest
 from tvm.script import tirx as T
 
 from tests.cuda_runner import CudaRunner, cuda_target
+from tests.schedules.cuda.paged_batches import with_sinks
 from tests.tolerances import assert_close
 from tilewright.compiler.composites import AttentionSpec, KVFormat, PagedAttentionSpec
 from tilewright.compiler.targets import RECORDS
@@ -61,6 +62,8 @@ SPECS = {
     "float16-page48": make_spec(heads=6, kv_heads=1, head_dim=96, page_size=48, dtype="float16"),
     "window1": make_spec(heads=71, kv_heads=1, head_dim=32, page_size=128, window=1),
     "cap": make_spec(heads=16, kv_heads=1, head_dim=48, page_size=3, soft_cap=2.5, dtype="float16"),
+    "window-sinks": make_spec(heads=16, kv_heads=2, head_dim=64, window=128, sinks=True),
+    "cap-sinks": make_spec(heads=6, kv_heads=2, head_dim=128, soft_cap=15.0, sinks=True),
     "192": make_spec(heads=2, kv_heads=1, head_dim=192, page_size=32),
 }
 
@@ -102,8 +105,7 @@ def test_heads_fill_a_tile() -> None:
 @pytest.mark.parametrize(
     "spec, reason",
     [
-        (make_spec(sinks=True), "only causal attention without sinks"),
-        (make_spec(causal=False), "only causal attention without sinks"),
+        (make_spec(causal=False), "only causal attention"),
         (make_spec(head_dim=40), "head size 40 is not a multiple of 16"),
         (make_spec(head_dim=512), "head size 512 is not a multiple of 16 within 32..256"),
         (make_spec(dtype="float32"), "queries of float32 over pages of float32"),
@@ -163,6 +165,7 @@ class Batch:
     phases: np.ndarray
     k: list[Any]  # per sequence [length, G, D]
     v: list[Any]
+    sinks: Any  # float32[H], where the spec has them
 
     def arguments(self) -> tuple[Any, ...]:
         import torch
@@ -173,6 +176,7 @@ class Batch:
             self.pages,
             *(torch.from_numpy(np.ascontiguousarray(a, np.int32)).cuda() for a in tables),
             LAYER,
+            *([] if self.sinks is None else [self.sinks]),
         )
 
     def cut(self, sequence: int, begin: int, end: int) -> "Batch":
@@ -183,7 +187,7 @@ class Batch:
         entries = self.page_indices[self.page_indptr[sequence] : self.page_indptr[sequence + 1]]
         tables = (np.array([0, end - begin]), np.array([0, len(entries)]), entries)
         counts = (np.array([length]), np.array([0]))
-        return Batch(self.q[rows].clone(), self.pages, self.positions[rows], *tables, *counts, [], [])
+        return Batch(self.q[rows].clone(), self.pages, self.positions[rows], *tables, *counts, [], [], self.sinks)
 
 
 def make_batch(spec: PagedAttentionSpec, lengths, new, phases=None) -> Batch:
@@ -215,7 +219,10 @@ def make_batch(spec: PagedAttentionSpec, lengths, new, phases=None) -> Batch:
     phases = np.zeros(len(lengths)) if phases is None else np.array(phases)
     indptr, kv_len = np.cumsum([0, *new]), np.array(lengths)
     pages = pages.reshape(*shape[:-2], -1)
-    return Batch(q, pages, positions, indptr, page_indptr, entries, kv_len, phases, keys, values)
+    sinks = None
+    if spec.attention.sinks:
+        sinks = torch.randn(spec.attention.heads, generator=generator, device="cuda") * 3
+    return Batch(q, pages, positions, indptr, page_indptr, entries, kv_len, phases, keys, values, sinks)
 
 
 def reference(spec: PagedAttentionSpec, batch: Batch) -> np.ndarray:
@@ -236,7 +243,9 @@ def reference(spec: PagedAttentionSpec, batch: Batch) -> np.ndarray:
         hidden = key > at
         if attention.window is not None:
             hidden |= key <= at - attention.window
-        out[rows] = (score.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+        score = score.masked_fill(hidden, float("-inf"))
+        weights = score.softmax(-1) if batch.sinks is None else with_sinks(score, batch.sinks)
+        out[rows] = (weights @ v).transpose(0, 1)
     return out.cpu().numpy()
 
 
