@@ -57,7 +57,7 @@ class AttentionMmaTile:
 @deferred
 def attention_mma_kernel(spec: PagedAttentionSpec, tile: AttentionMmaTile, target: Target, decode: bool) -> Any:
     """(q[t,H,D], pages[layers,num_pages,2,G,page_size*D], positions, indptr, page_indptr, page_indices, kv_len, layer
-    i64, out[t,H,D]).
+    i64, sinks f32[H], out[t,H,D]). The sinks are not read where the spec has none.
 
     decode: every sequence has one token; those that pad the step have no keys, and nothing is written for them. The
     positions of a sequence's tokens follow one another.
@@ -92,6 +92,7 @@ def attention_mma_kernel(spec: PagedAttentionSpec, tile: AttentionMmaTile, targe
         page_indices_handle: T.handle,
         kv_len_handle: T.handle,
         layer: T.int64,
+        sinks_handle: T.handle,
         out_handle: T.handle,
     ):
         T.func_attr({"global_symbol": "attention_mma"})
@@ -106,6 +107,8 @@ def attention_mma_kernel(spec: PagedAttentionSpec, tile: AttentionMmaTile, targe
         indptr = T.match_buffer(indptr_handle, (b + 1,), "int32")
         page_indptr = T.match_buffer(page_indptr_handle, (b + 1,), "int32")
         page_indices = T.match_buffer(page_indices_handle, (entries,), "int32")
+        if attention.sinks:
+            sinks = T.match_buffer(sinks_handle, (heads,), "float32")
         out = T.match_buffer(out_handle, (t, heads, dim), spec.dtype)
         T.device_entry()
         block = T.cta_id([tiles(b, t) * kv_heads])
@@ -212,6 +215,8 @@ def attention_mma_kernel(spec: PagedAttentionSpec, tile: AttentionMmaTile, targe
             look_up(block_of_keys + 1)
             own.load_queries(q, first_token, tokens, kv_head * group)
             own.begin()
+            if attention.sinks:
+                own.add_sinks(sinks, kv_head * group)
             own.begin_values()
             while block_of_keys * keys < end:
                 T.ptx["cp.async.wait_group"](0)

@@ -7,6 +7,7 @@ from tilewright.compiler.composites import PagedAttentionSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.attention_mma import AttentionMmaTile, attention_mma_kernel
+from tilewright.schedules.cuda.attention_spec import sinks_argument
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 
 _LEAST_DIM, _MOST_DIM = 32, 256
@@ -47,14 +48,14 @@ class PagedAttentionMma(Schedule):
         spec = facts.spec
         out = Output("out", ("m", spec.attention.heads, spec.attention.head_dim), spec.dtype)
         kernel = attention_mma_kernel(spec, tile, target, facts.decode)
-        return Lowering((KernelCall(kernel, (0, 1, 2, 3, 4, 5, 6, 8), (out,)),), ("out",))
+        return Lowering((KernelCall(kernel, (0, 1, 2, 3, 4, 5, 6, 8, sinks_argument(spec)), (out,)),), ("out",))
 
 
 def _refuse(spec: PagedAttentionSpec) -> Reject | None:
     """Why it has no kernel here; None where it has."""
     attention, kv = spec.attention, spec.kv
-    if not attention.causal or attention.sinks:
-        return Reject("only causal attention without sinks has a CUDA kernel")
+    if not attention.causal:
+        return Reject("only causal attention has a CUDA kernel")
     if kv.k_transposed:
         return Reject("keys are stored [dim, slot]; the CUDA kernel reads [slot, dim] (KVFormat.k_transposed)")
     if kv.dtype not in PTX_TYPES or spec.dtype != kv.dtype:
