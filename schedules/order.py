@@ -25,7 +25,9 @@ from tilewright.schedules.cpu.sample import Sample
 from tilewright.schedules.cuda.embedding import Embedding as CudaEmbedding
 from tilewright.schedules.cuda.gated import Gated as CudaGated
 from tilewright.schedules.cuda.linear import Linear as CudaLinear
+from tilewright.schedules.cuda.linear_mma import LinearMma as CudaLinearMma
 from tilewright.schedules.cuda.paged_attention import PagedAttention as CudaPagedAttention
+from tilewright.schedules.cuda.paged_attention_mma import PagedAttentionMma as CudaPagedAttentionMma
 from tilewright.schedules.cuda.qkv_append import QKVAppend as CudaQKVAppend
 from tilewright.schedules.cuda.rms_norm import RMSNorm as CudaRMSNorm
 from tilewright.schedules.cuda.sample import Sample as CudaSample
@@ -48,11 +50,13 @@ ORDER: tuple[Schedule, ...] = (
     Sample(),
     # NVIDIA GPUs.
     CudaLinear(),
+    CudaLinearMma(),
     CudaEmbedding(),
     CudaRMSNorm(),
     CudaGated(),
     CudaQKVAppend(),
     CudaPagedAttention(),
+    CudaPagedAttentionMma(),
     CudaSample(),
 )
 
