@@ -9,7 +9,7 @@ from tests.checkpoints import make_checkpoint
 from tests.test_model_cuda import SIZES
 from tilewright.compiler.build import lower, weight_formats
 from tilewright.compiler.codegen.by_rows import by_rows
-from tilewright.compiler.describe import references, split_kernels
+from tilewright.compiler.describe import kernel_calls, references, split_kernels
 from tilewright.compiler.frontends import load_checkpoint
 from tilewright.compiler.options import Options
 from tilewright.compiler.targets import RECORDS
@@ -25,9 +25,9 @@ def scheduled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return lowered(source)
 
 
-def lowered(source: Path) -> tvm.IRModule:
+def lowered(source: Path, strict: bool = False) -> tvm.IRModule:
     checkpoint = load_checkpoint(str(source))
-    options = Options(RECORDS["nvidia-h100"], max_batch=16, max_tokens=128)
+    options = Options(RECORDS["nvidia-h100"], max_batch=16, max_tokens=128, strict=strict)
     return lower(checkpoint, weight_formats(checkpoint, options), options, lambda _: None, CHOOSE)
 
 
@@ -56,6 +56,23 @@ def test_the_number_of_tokens_picks_a_linear(scheduled: tvm.IRModule) -> None:
         rows = [most for most, _ in parts]
         assert rows == sorted(set(rows)) and rows[-1] in (16, 128)
         assert all("tw.call" in kernels[name].attrs for _, name in parts)
+
+
+def test_a_strict_step_treats_generated_tokens_as_a_prompts(tmp_path: Path) -> None:
+    """One plan and one kernel of attention in both steps, for more or fewer tokens; else prompts have two of their own."""
+    source = make_checkpoint(tmp_path, "llama", **SIZES)
+    layers = SIZES["num_hidden_layers"]
+
+    def attention(strict: bool) -> dict[str, dict[str, int]]:
+        calls = kernel_calls(lowered(source, strict))
+        steps = ("step", "step_decode")
+        return {s: {n: c for n, c in calls[s].items() if n.startswith("paged_attention")} for s in steps}
+
+    strict, usual = attention(True), attention(False)
+    assert sorted(strict["step"].values()) == sorted(strict["step_decode"].values()) == [1, layers]
+    assert sorted(usual["step_decode"].values()) == [1, layers]
+    assert sorted(usual["step"].values()) == [1, 1, layers, layers]
+    assert not usual["step_decode"].keys() & strict["step_decode"].keys()
 
 
 def test_equal_keys_are_one_kernel() -> None:
