@@ -59,7 +59,7 @@ def test_the_number_of_tokens_picks_a_linear(scheduled: tvm.IRModule) -> None:
 
 
 def test_a_strict_step_treats_generated_tokens_as_a_prompts(tmp_path: Path) -> None:
-    """One plan and one kernel of attention in both steps, for more or fewer tokens; else prompts have two of their own."""
+    """One plan and one kernel of attention in both steps, for more or fewer tokens; else prompts have theirs."""
     source = make_checkpoint(tmp_path, "llama", **SIZES)
     layers = SIZES["num_hidden_layers"]
 
