@@ -68,9 +68,9 @@ def quantize_block_with_offset(values: Sequence[Expr]) -> QuantizedBlock:
     Ties round to even, so that the integers may be 255 apart.
     """
     least, greatest = isa.extremes(values)
-    q, scale, inverse = _rounded(values, T.bind(greatest - least), _STEPS)
+    q, scale, inverse = _rounded(values, isa.settled(greatest - least, "float32"), _STEPS)
     lowest = T.bind(T.cast(isa.lane(isa.round_even(isa.splat(least * inverse)), 0), "int32"))
-    offset = T.bind(T.min(lowest + 128, T.int32(127)))
+    offset = isa.settled(T.min(lowest + 128, T.int32(127)))
     return QuantizedBlock([T.bind(v - isa.splat(offset)) for v in q], offset, scale, isa.sum_lanes_i32(q[0] + q[1]))
 
 

@@ -235,8 +235,8 @@ def extremes(values: Sequence[Expr]) -> tuple[Expr, Expr]:
         low, high = T.min(low, other), T.max(high, other)
     found = []
     for name, vector, combine in (("smin", low, T.min), ("smax", high, T.max)):
-        key = T.bind(combine(_call("int32", f"llvm.vector.reduce.{name}.v16i32", T.bind(vector)), T.int32(0)))
-        found.append(T.bind(T.reinterpret("float32", flipped(key, T.int32(0x7FFFFFFF), T.int32(31)))))
+        key = settled(combine(_call("int32", f"llvm.vector.reduce.{name}.v16i32", T.bind(vector)), T.int32(0)))
+        found.append(settled(T.reinterpret("float32", flipped(key, T.int32(0x7FFFFFFF), T.int32(31))), "float32"))
     return found[0], found[1]
 
 
