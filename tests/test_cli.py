@@ -105,6 +105,7 @@ def test_compile_passes_its_options_on(run, compiler, tmp_path):
                 "max_batch": 2,
                 "max_tokens": 64,
                 "page_size": 8,
+                "strict": False,
                 "dump": tmp_path,
             },
         )
