@@ -88,7 +88,7 @@ def refuse_prefill(spec: PagedAttentionSpec, target: Target) -> Reject | None:
     """Why prompts' attention has no kernel here; None where it has."""
     if not (target.has("tma") and target.has("wgmma")):
         return Reject(f"{target.name} has no TMA and no wgmma, which attention of prompts is made of")
-    return refuse_attention(spec, target)
+    return refuse_attention(spec)
 
 
 def prefill_space(spec: PagedAttentionSpec, target: Target) -> Sequence[PrefillTile]:

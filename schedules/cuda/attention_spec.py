@@ -1,7 +1,6 @@
-"""Which attention over pages the kernels of Hopper GPUs can do, of prompts and of generated tokens alike."""
+"""Which attention over pages the kernels of GPUs can do, of prompts and of generated tokens alike."""
 
 from tilewright.compiler.composites import PagedAttentionSpec
-from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Reject
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 
@@ -13,11 +12,9 @@ def sinks_argument(spec: PagedAttentionSpec) -> int:
     return SINKS if spec.attention.sinks else 0
 
 
-def refuse_attention(spec: PagedAttentionSpec, target: Target) -> Reject | None:
-    """Why it has no kernel here; None where it has."""
+def refuse_attention(spec: PagedAttentionSpec) -> Reject | None:
+    """Why it has no kernel on any GPU; None where it has."""
     attention, kv = spec.attention, spec.kv
-    if not target.has("tma"):
-        return Reject(f"{target.name} has no TMA, which gathers the pages")
     if not attention.causal:
         return Reject("only causal attention has a CUDA kernel")
     if kv.k_transposed:

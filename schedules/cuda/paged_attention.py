@@ -48,7 +48,9 @@ class PagedAttention(Schedule):
     def match(self, call: Call, target: Target) -> Facts | Reject:
         scarce = call.decode and call.rows <= _few(call.spec, target)
         facts = Facts(call.spec, call.decode, scarce, call.m_max)
-        refusal = refuse_attention(call.spec, target)
+        if not target.has("tma"):
+            return Reject(f"{target.name} has no TMA, which gathers the pages")
+        refusal = refuse_attention(call.spec)
         if refusal is None and (call.spec.strict or not call.decode):
             refusal = refuse_prefill(call.spec, target)
         if refusal is None and not self.space(facts, target):
