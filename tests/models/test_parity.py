@@ -90,7 +90,8 @@ def test_greedy_tokens(pair: Pair) -> None:
     """
     prompt = pair.tokens(5)
     options = {"max_new_tokens": GREEDY_STEPS, "min_new_tokens": GREEDY_STEPS, "do_sample": False, "eos_token_id": -1}
-    theirs = pair.theirs.generate(torch.tensor([prompt]), **options)[0].tolist()
+    seen = torch.ones(1, len(prompt), dtype=torch.int64)  # else padding is guessed from the prompt's tokens
+    theirs = pair.theirs.generate(torch.tensor([prompt]), attention_mask=seen, **options)[0].tolist()
     logits = pair.ours(theirs[:-1])[len(prompt) - 1 :]
     chosen = np.take_along_axis(logits, np.array(theirs[len(prompt) :])[:, None], -1)[:, 0]
     assert len(logits) == GREEDY_STEPS
