@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.packed_weights import ROWS
@@ -22,6 +23,27 @@ class LinearFacts:
     rows: int
 
 
+def refuse_linear(spec: LinearSpec) -> Reject | None:
+    """Why it has no kernel on any GPU, whatever its extents; None where it has."""
+    if ROWS.get(spec.weight_format) != spec.dtype:
+        return Reject(f"weights in {spec.weight_format} are not rows of the activations' {spec.dtype}")
+    if spec.norm or spec.gated:
+        return Reject("norms and gates before the product are kernels of their own")
+    if spec.out_dtype not in (spec.dtype, "float32") or (spec.out_dtype == "float32" and spec.residual):
+        return Reject(f"results in {spec.out_dtype}{' with a residual' * spec.residual} are not stored")
+    return None
+
+
+def linear_lowering(spec: LinearSpec, kernel: Any) -> Lowering:
+    """The call of `kernel`, (x, weight, bias, residual, y): it takes the weight in place of a bias or residual that is
+    not there, and does not read it."""
+    bias = 2 if spec.bias else 1
+    residual = 2 + spec.bias if spec.residual else 1
+    outs = spec.out_features // 2 if spec.gate else spec.out_features
+    out = Output("y", ("m", outs), spec.out_dtype)
+    return Lowering((KernelCall(kernel, (0, 1, bias, residual), (out,)),), ("y",))
+
+
 class Linear(Schedule):
     name = "linear"
     composite = "linear"
@@ -31,14 +53,11 @@ class Linear(Schedule):
         spec = call.spec
         if not (target.has("tma") and target.has("wgmma")):
             return Reject(f"{target.name} has no wgmma")
-        if ROWS.get(spec.weight_format) != spec.dtype:
-            return Reject(f"weights in {spec.weight_format} are not rows of the activations' {spec.dtype}")
-        if spec.norm or spec.gated:
-            return Reject("norms and gates before the product are kernels of their own")
+        refusal = refuse_linear(spec)
+        if refusal is not None:
+            return refusal
         if spec.in_features % 8:
             return Reject(f"rows of {spec.in_features} values are no multiple of 16 bytes")
-        if spec.out_dtype not in (spec.dtype, "float32") or (spec.out_dtype == "float32" and spec.residual):
-            return Reject(f"results in {spec.out_dtype}{' with a residual' * spec.residual} are not stored")
         outs = spec.out_features // 2 if spec.gate else spec.out_features
         if outs % 8 and (spec.gate or spec.out_dtype != "float32"):
             return Reject(f"{outs} outputs are no multiple of 8")
@@ -63,10 +82,4 @@ class Linear(Schedule):
         )
 
     def apply(self, facts: LinearFacts, tile: LinearTile, target: Target) -> Lowering:
-        spec = facts.spec
-        # The kernel takes the weight in place of a bias or residual that is not there, and does not read it.
-        bias = 2 if spec.bias else 1
-        residual = 2 + spec.bias if spec.residual else 1
-        outs = spec.out_features // 2 if spec.gate else spec.out_features
-        out = Output("y", ("m", outs), spec.out_dtype)
-        return Lowering((KernelCall(linear_kernel(spec, tile, target), (0, 1, bias, residual), (out,)),), ("y",))
+        return linear_lowering(facts.spec, linear_kernel(facts.spec, tile, target))
