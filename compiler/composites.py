@@ -98,6 +98,11 @@ class LinearSpec:
     dtype: str = "float32"
     out_dtype: str = "float32"
 
+    @property
+    def result_features(self) -> int:
+        """Columns of the result, and of the residual."""
+        return self.out_features // 2 if self.gate else self.out_features
+
 
 @dataclass(frozen=True)
 class EmbeddingSpec:

@@ -271,7 +271,7 @@ def _qkv_append(builder: relax.BlockBuilder, spec: QKVAppendSpec) -> _Body:
 def _linear(builder: relax.BlockBuilder, spec: LinearSpec) -> _Body:
     n = tirx.Var("n", "int64")
     width = 2 * spec.in_features if spec.gated else spec.in_features
-    outs = spec.out_features // 2 if spec.gate else spec.out_features
+    outs = spec.result_features
     x = tensor("x", (n, width), spec.dtype)
     weight = _packed("weight", spec.weight_format, spec.out_features, spec.in_features)
     norm_weight = [tensor("norm_weight", (spec.in_features,))] if spec.norm else []

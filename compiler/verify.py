@@ -204,7 +204,8 @@ def _check_attention(binding: Any, spec: AttentionSpec) -> None:
 
 
 def _check_pages(mod: tvm.IRModule, func: relax.Function) -> None:
-    """Appends and attentions all take the newest version of the pages: an old one no longer exists in memory."""
+    """Appends and attentions all take the newest version of the pages: they are written in place, so memory holds it
+    alone."""
     newest = next(p for p in func.params if p.name == "pages")
     pairs: set[Any] = set()  # results (q, pages) of qkv_append, not yet taken apart
     for binding in bindings(func):

@@ -14,13 +14,12 @@ from tests.checkpoints import load_gguf_reference
 from tests.test_real_weights import CROWD, GREEDY_STEPS, QUESTIONS, Said, prompt_tokens, say
 from tests.tolerances import assert_close
 from tilewright import Engine, EngineLimits, SamplingParams
-from tilewright.compiler.errors import RequestError
 from tilewright.compiler.frontends.packages import packaged_model_path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.weights, pytest.mark.timeout(300)]
 
 AGREEMENT = 0.98  # of the most likely token, bfloat16 compute against float32
-MODELS = ("smollm2-135m", "gemma3-270m")
+MODELS = {"smollm2-135m": True, "gemma3-270m": False}  # and whether they were taught to chat
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,15 @@ class Pair:
     path: Path
     model: tilewright.Model
     reference: Any
+    chats: bool
+
+    def prompt(self, question: str) -> list[int]:
+        """Tokens of a question, as the model was taught to read it."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        return (
+            tokenizer.encode_chat([{"role": "user", "content": question}]) if self.chats else tokenizer.encode(question)
+        )
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """The reference's, float32[n, vocab]."""
@@ -43,7 +51,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp(name) / "model.tw"
     path = tilewright.compile(name, target="cuda", output=output, max_tokens=512).path
     reference = load_gguf_reference(packaged_model_path(name, lambda _: None)).to("cuda")
-    return Pair(path, tilewright.load(path, device="cuda", kv_tokens=32768), reference)
+    return Pair(path, tilewright.load(path, device="cuda", kv_tokens=32768), reference, MODELS[name])
 
 
 def test_logits_are_those_of_transformers(pair: Pair) -> None:
@@ -54,7 +62,7 @@ def test_logits_are_those_of_transformers(pair: Pair) -> None:
 
 def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
     """Of each answer's tokens, the share that is the reference's choice after what stands before it."""
-    prompts = [as_prompt(pair.model, question) for question in QUESTIONS]
+    prompts = [pair.prompt(question) for question in QUESTIONS]
     with Engine(pair.model) as engine:
         params = SamplingParams(temperature=0, max_tokens=GREEDY_STEPS, ignore_eos=True)
         answers = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
@@ -65,15 +73,6 @@ def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
     assert len(equal) == GREEDY_STEPS * len(QUESTIONS)
     print(f"agreement {np.mean(equal):.4f}")
     assert np.mean(equal) >= AGREEMENT
-
-
-def as_prompt(model: tilewright.Model, question: str) -> list[int]:
-    """A question as the model was taught to read it; a plain text where its file has no chat template."""
-    assert model.tokenizer is not None
-    try:
-        return model.tokenizer.encode_chat([{"role": "user", "content": question}])
-    except RequestError:
-        return model.tokenizer.encode(question)
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,7 @@ def linear_lowering(spec: LinearSpec, kernel: Any) -> Lowering:
     not there, and does not read it."""
     bias = 2 if spec.bias else 1
     residual = 2 + spec.bias if spec.residual else 1
-    outs = spec.out_features // 2 if spec.gate else spec.out_features
-    out = Output("y", ("m", outs), spec.out_dtype)
+    out = Output("y", ("m", spec.result_features), spec.out_dtype)
     return Lowering((KernelCall(kernel, (0, 1, bias, residual), (out,)),), ("y",))
 
 
@@ -58,7 +57,7 @@ class Linear(Schedule):
             return refusal
         if spec.in_features % 8:
             return Reject(f"rows of {spec.in_features} values are no multiple of 16 bytes")
-        outs = spec.out_features // 2 if spec.gate else spec.out_features
+        outs = spec.result_features
         if outs % 8 and (spec.gate or spec.out_dtype != "float32"):
             return Reject(f"{outs} outputs are no multiple of 8")
         return LinearFacts(spec, call.rows)
@@ -73,11 +72,10 @@ class Linear(Schedule):
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec
         n, k = spec.out_features, spec.in_features
-        outs = n // 2 if spec.gate else n
         wide = 4 if spec.out_dtype == "float32" else 2
         return Floor(
             bytes_fixed=2 * n * k + 4 * n * spec.bias,
-            bytes_per_row=2 * k + outs * (wide + 2 * spec.residual),
+            bytes_per_row=2 * k + spec.result_features * (wide + 2 * spec.residual),
             flops_per_row=2 * n * k,
         )
 

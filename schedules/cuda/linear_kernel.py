@@ -34,7 +34,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
     spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
     n, k = spec.out_features, spec.in_features
-    gated, outs = spec.gate is not None, n // 2 if spec.gate else n
+    gated, outs = spec.gate is not None, spec.result_features
     rows, tokens, depth, stages, cluster = tile.rows, tile.tokens, tile.depth, tile.stages, tile.cluster
     chunks, steps = depth // ROW, -(-k // depth)
     bands, wide, threads = tile.bands, tile.wide, tile.threads

@@ -25,7 +25,7 @@ class LinearMma(Schedule):
         if spec.in_features % 2:
             return Reject(f"rows of {spec.in_features} values are no multiple of 4 bytes")
         if spec.gate and spec.out_features % 16:
-            return Reject(f"{spec.out_features // 2} outputs of a gate are no multiple of 8")
+            return Reject(f"{spec.result_features} outputs of a gate are no multiple of 8")
         return LinearFacts(spec, call.rows)
 
     def bounds(self, call: Call, target: Target) -> Sequence[int]:

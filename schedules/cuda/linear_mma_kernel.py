@@ -33,7 +33,7 @@ def linear_mma_kernel(spec: LinearSpec, tile: LinearMmaTile, target: Target) -> 
     """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
     spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
     n, k = spec.out_features, spec.in_features
-    gated, outs = spec.gate is not None, n // 2 if spec.gate else n
+    gated, outs = spec.gate is not None, spec.result_features
     rows, tokens, depth, stages, threads = tile.rows, tile.tokens, tile.depth, tile.stages, tile.threads
     row_blocks, steps, group = -(-n // rows), -(-k // depth), tile.group
     copied = next(width for width in (8, 4, 2) if k % width == 0)  # values of a copy

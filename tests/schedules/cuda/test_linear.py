@@ -62,7 +62,7 @@ def arguments(spec: LinearSpec, m: int, seed: int):
         padded[:m] = normal(m, columns).to(dtype)
         return padded[:m]
 
-    outs = spec.out_features // 2 if spec.gate else spec.out_features
+    outs = spec.result_features
     weight = normal(spec.out_features, spec.in_features, scale=spec.in_features**-0.5).to(dtype)
     bias = [normal(spec.out_features)] if spec.bias else []
     return [rows(spec.in_features), weight, *bias, *([rows(outs)] if spec.residual else [])]
