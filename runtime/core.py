@@ -255,10 +255,17 @@ class EngineCore:
         self.stats.preemptions += 1
 
     def _swap_back(self) -> None:
-        """Swapped samples run again, the most senior first, when they fit beside what those that run will want."""
+        """Swapped samples run again, the most senior first, when they fit beside what those that run will want.
+
+        Not before a more senior one that waits, which the policy admits: a sample for whose pages the host had no room
+        waits to compute them again while juniors of it, its siblings even, lie swapped out. Back before it, they would
+        take the pages that it waits for.
+        """
         size = self.pool.page_size
         while self.swapped:
             sample = self.swapped[0]
+            if self.waiting and self.waiting[0].rank < sample.rank:
+                return
             promised = sum(1 + pages_for(s.length, size) - len(s.table) for s in self.running)
             places = self.budget.max_batch - sum(s.width for s in self.running)
             if sample.width > places or pages_for(sample.length, size) + promised > self.pool.free:

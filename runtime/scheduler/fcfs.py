@@ -2,8 +2,10 @@
 
 Running sequences go first, most senior first. Where pages run out, the most junior ones are preempted until the senior
 one fits; a sequence that has no junior waits in place. A new sequence is admitted when its whole prompt fits beside
-what the running prompts still need and one page for each running sequence to grow into; nobody overtakes the most
-senior waiting one. So the most senior sequence of all always moves on, and every one becomes the most senior in time.
+what the running prompts still need and one page for each running sequence to grow into. Nobody overtakes the most
+senior waiting one, new or back from the host's pages (the core sees to the latter). So the most senior sequence of all
+always moves on, unless it came late with a high priority: then it is the next to start. And each becomes the most
+senior in time, unless higher priorities keep coming.
 """
 
 from dataclasses import dataclass

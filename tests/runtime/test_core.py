@@ -103,6 +103,13 @@ class CoreMachine(RuleBasedStateMachine):
         return min(live, key=lambda s: s.rank, default=None)
 
     @invariant()
+    def nobody_is_overtaken(self) -> None:
+        """All have one priority here, so that whoever runs came before whoever waits, and the oldest of all runs."""
+        core = self.bench.core
+        idle = min((s.rank for s in [*core.waiting, *core.swapped]), default=None)
+        assert idle is None or all(s.rank < idle for s in core.running), "a sample waits behind a younger one"
+
+    @invariant()
     def times_are_kept(self) -> None:
         now_s = self.bench.core.clock()
         for request in self.requests:
@@ -372,4 +379,38 @@ def test_who_was_swapped_out_comes_back_before_anybody_new_starts() -> None:
     assert ended.index(second) < ended.index(later) or later.started_s >= second.started_s
     assert bench.core.stats.replays == 0 and bench.core.stats.tokens == 2 * (6 + 9) + 1, "nothing is computed twice"
     for request in (first, second, later):
+        check(request, limits)
+
+
+def test_who_computes_again_is_not_overtaken_by_a_swapped_sibling() -> None:
+    limits = device(num_pages=7, max_batch=4, max_tokens=15)
+    bench = Bench(limits, host_pages=8)  # room for the younger sibling's four pages, not for the older one's five too
+    core = bench.core
+    requests = [bench.submit(prompt, SamplingParams(max_tokens=8, n=2, seed=1)) for prompt in ([0], [0] * 14)]
+    older, younger = requests[1].samples
+    while not core.stats.replays:
+        core.turn()
+    assert core.waiting == [older] and core.swapped == [younger]
+    while not older.output.completion:
+        assert older in core.running or younger in core.swapped, "the younger one took its place"
+        oldest, before = requests[0].finished, (older.known, older.computed)
+        core.turn()
+        core.check_invariants()
+        assert not oldest or (older.known, older.computed) > before, "the oldest sample did not move on"
+    bench.run()
+    for request in requests:
+        check(request, limits)
+
+
+def test_who_was_swapped_out_does_not_overtake_a_higher_priority() -> None:
+    limits = device(num_pages=5, max_context=20)
+    bench = Bench(limits, host_pages=20)
+    first, second = (bench.submit(list(range(6)), SamplingParams(max_tokens=10, seed=i)) for i in range(2))
+    while not bench.core.swapped:
+        bench.core.turn()
+    urgent = bench.submit(list(range(14)), SamplingParams(max_tokens=2, seed=0, priority=1))
+    bench.run()
+    ended = [request for request, event in bench.events if event.completion]
+    assert ended == [first, urgent, second]
+    for request in ended:
         check(request, limits)
