@@ -81,10 +81,12 @@ class DecodeTile:
 
 
 @deferred
-def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_max: int) -> Any:
+def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_max: int, one_each: bool) -> Any:
     """(q[t,H,D], pages[layers,num_pages,2,G,page_size*D], page_indices i32[p], work, partials, counters, layer i64,
     sinks f32[H], out[t,H,D]), with the planner's outputs in the middle. Counters are 0 before and after. A sink is a
-    score without a value, in the scale of the softmax; the argument is not read where the spec has none."""
+    score without a value, in the scale of the softmax; the argument is not read where the spec has none.
+
+    one_each: of every sequence one token, whose key alone is not yet in the pages when the kernel starts."""
     attention, kv, blocks = spec.attention, spec.kv, HeadBlocks.of(spec)
     heads, kv_heads, dim, page_size = attention.heads, kv.kv_heads, attention.head_dim, kv.page_size
     stages, grid = tile.stages, tile.blocks_per_sm * target.sms
@@ -95,12 +97,23 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
     piece, pieces, chunks = layout.piece, layout.pieces, layout.chunks
     lists = max(1, pieces // 32)  # page entries that a lane holds for a stage
     listed = max(1, 32 // pieces)  # stages that a warp's lanes hold entries for
+    early = min(stages, listed) if pdl and one_each else 0  # stages that are copied while kernels before still run
 
     padded, count = blocks.padded, vectors(spec)
     quads = padded // 4
     dims_a_turn = _CONSUMERS // quads
     sums_at = 512 * count  # in a partial
     batch = max(1, 6 // count)  # partials that are read at a time
+
+    # Which pieces of a stage are copied, by how far they reach past the part's last key.
+    def every(past):
+        return True
+
+    def newest(past):
+        return past >= 0
+
+    def older(past):
+        return past < 0
 
     @T.prim_func
     def attend(
@@ -166,8 +179,7 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
         empty.init(2)
         T.ptx["fence.mbarrier_init.release.cluster"]()
         T.cuda.cta_sync()
-        if pdl:
-            T.ptx["griddepcontrol.wait"]()
+        # The plan's kernel lets no other start before it has written the list, and entries are older than the step.
         todo.start()
         if warp == _WARPS:
             held = T.alloc_local([lists], "int32")  # page entries of the lane's pieces
@@ -201,53 +213,112 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
                             )
 
             @T.inline
-            def copy_stage(stage):
-                """The keys of a stage that are read, and with a part's first two stages, which go to different warps,
-                its query."""
-                fresh: T.int32 = T.truncmod(stage, listed)
-                if fresh == 0:
-                    for i in T.unroll(lists):
-                        held[i] = ahead[i]
-                empty.wait(slot[0], phase[0])
-                low: T.int32 = T.bitwise_and(todo.part[FIRST], -SPLIT_KEYS) + stage * STAGE_KEYS
-                high: T.int32 = T.min(low + STAGE_KEYS, todo.part[END])
-                start: T.int32 = T.max(low, todo.part[FIRST])
-                query_bytes: T.int32 = T.Select(stage < 2, todo.heads * (dim * 2), 0)
+            def measure(stage):
+                """The keys of a stage that are read, and the bytes of the query, which comes with a part's first two
+                stages since they go to different warps."""
+                low[0] = T.bitwise_and(todo.part[FIRST], -SPLIT_KEYS) + stage * STAGE_KEYS
+                high[0] = T.min(low[0] + STAGE_KEYS, todo.part[END])
+                start[0] = T.max(low[0], todo.part[FIRST])
+                query_bytes[0] = T.Select(stage < 2, todo.heads * (dim * 2), 0)
+
+            @T.inline
+            def announce():
                 copied: T.int32 = 0
-                if start < high:
-                    copied = T.truncdiv(high - 1, piece) - T.truncdiv(start, piece) + 1
+                if start[0] < high[0]:
+                    copied = T.truncdiv(high[0] - 1, piece) - T.truncdiv(start[0], piece) + 1
                 if lane == 0:
-                    full.arrive(slot[0], tx_count=copied * (2 * layout.piece_bytes) + query_bytes)
+                    full.arrive(slot[0], tx_count=copied * (2 * layout.piece_bytes) + query_bytes[0])
                 T.cuda.warp_sync()
+
+            @T.inline
+            def copy_keys(stage, wanted):
                 for i in T.unroll(lists):
-                    index: T.int32 = i * 32 + lane - fresh * pieces
-                    key: T.int32 = low + index * piece
-                    if T.And(T.And(index >= 0, index < pieces), T.And(key < high, key + piece > start)):
-                        copy_piece(index, held[i], key)
-                if T.And(lane == 0, query_bytes > 0):
+                    index: T.int32 = i * 32 + lane - T.truncmod(stage, listed) * pieces
+                    key: T.int32 = low[0] + index * piece
+                    if T.And(T.And(index >= 0, index < pieces), T.And(key < high[0], key + piece > start[0])):
+                        if wanted(key + piece - todo.part[END]):
+                            copy_piece(index, held[i], key)
+
+            @T.inline
+            def copy_query():
+                if T.And(lane == 0, query_bytes[0] > 0):
                     T.ptx[_COPY_ROW](
                         queries.ptr_to([slot[0], 0]),
                         q.ptr_to([todo.part[QUERY], todo.first_head, 0]),
-                        T.cast(query_bytes, "uint32"),
+                        T.cast(query_bytes[0], "uint32"),
                         full.ptr_to([slot[0]]),
                     )
-                advance(1)
 
+            @T.inline
+            def hold():
+                for i in T.unroll(lists):
+                    held[i] = ahead[i]
+
+            @T.inline
+            def count_stages():
+                stages_of_part[0] = 0
+                if todo.part[END] > 0:
+                    first_split: T.int32 = T.truncdiv(todo.part[FIRST], SPLIT_KEYS)
+                    stages_of_part[0] = (T.truncdiv(todo.part[END] - 1, SPLIT_KEYS) - first_split + 1) * 2
+
+            @T.inline
+            def look_ahead(stage):
+                """After the first stage of those that `held` is for."""
+                if stage + listed < stages_of_part[0]:
+                    look_up(todo.part, stage + listed)
+                else:
+                    look_up(todo.following, 0)
+
+            low = T.alloc_local([1], "int32")
+            high = T.alloc_local([1], "int32")
+            start = T.alloc_local([1], "int32")
+            query_bytes = T.alloc_local([1], "int32")
+            stages_of_part = T.alloc_local([1], "int32")
+            stage = T.alloc_local([1], "int32")
             look_up(todo.part, 0)
+            count_stages()
+            if early > 0:
+                hold()
+                stage[0] = 0
+                while stage[0] < T.min(early, stages_of_part[0]):
+                    measure(stage[0])
+                    announce()
+                    copy_keys(stage[0], older)
+                    advance(1)
+                    stage[0] = stage[0] + 1
+                slot[0] = 0
+                phase[0] = 1
+            if pdl:
+                T.ptx["griddepcontrol.wait"]()
+            stage[0] = 0
+            if early > 0:
+                while stage[0] < T.min(early, stages_of_part[0]):
+                    measure(stage[0])
+                    copy_keys(stage[0], newest)
+                    copy_query()
+                    advance(1)
+                    stage[0] = stage[0] + 1
+                if stage[0] > 0:
+                    look_ahead(0)
             while todo.part[END] > 0:
-                first_split: T.int32 = T.truncdiv(todo.part[FIRST], SPLIT_KEYS)
-                stages_of_part: T.int32 = (T.truncdiv(todo.part[END] - 1, SPLIT_KEYS) - first_split + 1) * 2
-                stage: T.int32 = 0
-                while stage < stages_of_part:
-                    copy_stage(stage)
-                    if T.truncmod(stage, listed) == 0:
-                        if stage + listed < stages_of_part:
-                            look_up(todo.part, stage + listed)
-                        else:
-                            look_up(todo.following, 0)
-                    stage = stage + 1
+                while stage[0] < stages_of_part[0]:
+                    if T.truncmod(stage[0], listed) == 0:
+                        hold()
+                    empty.wait(slot[0], phase[0])
+                    measure(stage[0])
+                    announce()
+                    copy_keys(stage[0], every)
+                    copy_query()
+                    advance(1)
+                    if T.truncmod(stage[0], listed) == 0:
+                        look_ahead(stage[0])
+                    stage[0] = stage[0] + 1
                 todo.take()
+                count_stages()
+                stage[0] = 0
         else:
+            if pdl:
+                T.ptx["griddepcontrol.wait"]()
             keys = WarpBlock(attention, kv, warp % 2, lane)
             tree = Tree(count, exponent(attention))
             node = Node(count, exponent(attention))

@@ -195,8 +195,6 @@ def plan_kernel(spec: PagedAttentionSpec, target: Target, decode: bool, m_max: i
                 classes[lane * (_CLASSES // 32) + i] = place[0]
                 place[0] = place[0] + other[0]
 
-        if pdl:
-            T.ptx["griddepcontrol.launch_dependents"]()
         if thread < _CLASSES:
             classes[thread] = 0
         if thread < 4:
@@ -225,5 +223,10 @@ def plan_kernel(spec: PagedAttentionSpec, target: Target, decode: bool, m_max: i
             place_classes()
         T.cuda.cta_sync()
         each_query(list_parts)
+        if pdl:
+            # Not before the list is there for all: no later kernel has to wait for those before it to read the list.
+            T.ptx["fence.acq_rel.gpu"]()
+            T.cuda.cta_sync()
+            T.ptx["griddepcontrol.launch_dependents"]()
 
     return chained(plan, target, shared=True)

@@ -4,6 +4,8 @@ Where the target has it ("pdl"), a kernel starts while the one before it still r
 kernel: it sets up barriers and loads weights. Its `griddepcontrol.wait` returns when the kernels before it have ended
 and what they wrote can be read. Every kernel of a chain must therefore wait before it first reads or writes what an
 earlier one writes or reads; then all of them may let the next one start at once (`griddepcontrol.launch_dependents`).
+One that lets the next one start only when it has waited, and written its results, spares all later ones the wait for
+these: each of them starts after the one before it has.
 
     @T.prim_func
     def kernel(...):

@@ -8,6 +8,8 @@ from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
+from tilewright.schedules.cuda.linear_few_kernel import linear_few_kernel
+from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
@@ -65,9 +67,9 @@ class Linear(Schedule):
     def bounds(self, call: Call, target: Target) -> Sequence[int]:
         return _BOUNDS
 
-    def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile]:
+    def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile | LinearFewTile]:
         spec = facts.spec
-        return tuple(tiles(spec.out_features, spec.in_features, facts.rows, target))
+        return (*few_tiles(spec, facts.rows), *tiles(spec.out_features, spec.in_features, facts.rows, target))
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec
@@ -79,5 +81,7 @@ class Linear(Schedule):
             flops_per_row=2 * n * k,
         )
 
-    def apply(self, facts: LinearFacts, tile: LinearTile, target: Target) -> Lowering:
-        return linear_lowering(facts.spec, linear_kernel(facts.spec, tile, target))
+    def apply(self, facts: LinearFacts, tile: LinearTile | LinearFewTile, target: Target) -> Lowering:
+        few = isinstance(tile, LinearFewTile)
+        kernel = linear_few_kernel(facts.spec, tile, target) if few else linear_kernel(facts.spec, tile, target)
+        return linear_lowering(facts.spec, kernel)

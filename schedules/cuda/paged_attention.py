@@ -78,7 +78,7 @@ class PagedAttention(Schedule):
         kernels: list[KernelCall] = []
         if decode is not None:
             plan = plan_kernel(spec, target, facts.decode, m_max, decode.mode, decode.share)
-            attend = decode_kernel(spec, decode, target, m_max)
+            attend = decode_kernel(spec, decode, target, m_max, facts.decode)
             kernels += [
                 KernelCall(plan, (2, 3, 4, 6, 7), plan_outputs(spec, m_max), shared=True),
                 KernelCall(attend, (0, 1, 5, WORK, PARTIALS, COUNTERS, 8, sinks_argument(spec)), (out,)),

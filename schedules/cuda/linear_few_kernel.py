@@ -1,0 +1,145 @@
+"""The kernel of dense linears for few tokens and small weights on Hopper: y[M, N] = x[M, K] @ W[N, K]^T by mma.sync.
+
+Where a weight is small, a step is launches and latencies. So nothing passes through shared memory but sums: a block has
+16 outputs, its warps a part of K each, and a thread loads what it multiplies from memory into registers, weights while
+the kernel before still runs. Weights are the 16 rows of mma.m16n8k16, tokens its 8 columns.
+
+A sum over K is one chain of steps of 16 in increasing K, which the warps hand on from one to the next, so it has the
+bits of `linear_kernel`: on Hopper a step adds its 16 products to the sum at once, in mma.sync as in wgmma, whatever
+their order in it. Each thread takes four neighbouring values of a step, as one load.
+
+With a gate, a block's rows are 8 of the gate and the 8 of up beside them.
+"""
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tilewright.compiler.composites import LinearSpec
+from tilewright.compiler.targets.base import Target
+from tilewright.schedules.base import deferred
+from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.launch import chained
+from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile
+from tilewright.schedules.cuda.pairs import PTX_TYPES
+from tilewright.schedules.cuda.rows import Vector
+
+_ROWS = 16  # of a block
+
+
+@deferred
+def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> Any:
+    """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
+    spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
+    n, k = spec.out_features, spec.in_features
+    gated, outs = spec.gate is not None, spec.result_features
+    warps = tile.warps
+    steps = k // STEP // warps  # of a warp
+    row_blocks = -(-n // _ROWS)
+    kind = PTX_TYPES[spec.dtype]
+    multiply = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    stored, added = Vector(spec.out_dtype, 1), Vector(spec.dtype, 1)
+    halves = 1 if gated else 2  # outputs of a thread for a token, 8 apart
+    ragged = n % _ROWS != 0
+    pdl = target.has("pdl")
+
+    def result(acc, constant, t, r, before):
+        """An output before it is rounded, for the thread's token t; see `linear_kernel`."""
+        if spec.gate is not None:
+            value = activate(spec.gate.activation, acc[t] + constant[0]) * (acc[t + 2] + constant[1])
+        else:
+            value = acc[t + r * 2] + constant[r]
+        return value + added.values(before, t + r * 2)[0] if spec.residual else value
+
+    @T.prim_func
+    def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
+        T.func_attr({"global_symbol": "linear_few"})
+        m = T.int32()
+        x = T.match_buffer(x_ptr, (m, k), spec.dtype)
+        w = T.match_buffer(w_ptr, (n, k), spec.dtype)
+        if spec.bias:
+            bias = T.match_buffer(b_ptr, (n,), "float32")
+        if spec.residual:
+            residual = T.match_buffer(r_ptr, (m, outs), spec.dtype)
+        y = T.match_buffer(y_ptr, (m, outs), spec.out_dtype)
+        T.device_entry()
+        block = T.cta_id([row_blocks * ((m + (TOKENS - 1)) // TOKENS)])
+        thread = T.thread_id([32 * warps])
+        sums = T.alloc_shared([max(1, warps - 1), 32, 4], "float32")
+        warp: T.let = thread // 32
+        lane: T.let = thread % 32
+        row: T.let = lane // 4
+        quad: T.let = lane % 4
+        token0: T.let = T.truncdiv(block, row_blocks) * TOKENS
+        first: T.let = T.truncmod(block, row_blocks) * (8 if gated else _ROWS)
+        column: T.let = warp * (steps * STEP) + quad * 4
+        weights = T.alloc_local([steps * 4], "uint32")
+        values = T.alloc_local([steps * 2], "uint32")
+        acc = T.alloc_local([4], "float32")
+        constant = T.alloc_local([2], "float32")
+        before = added.registers(4)
+        rounded = stored.registers()
+
+        if pdl:
+            T.ptx["griddepcontrol.launch_dependents"]()
+        for r in T.unroll(2):
+            w_row: T.let = first + row + r * (outs if gated else 8)
+            for i in T.unroll(steps):
+                if ragged:
+                    for j in T.unroll(2):
+                        weights[i * 4 + r + j * 2] = T.uint32(0)
+                if T.Or(not ragged, w_row < n):
+                    T.ptx["ld.global.v2.b32"](
+                        weights[i * 4 + r],
+                        weights[i * 4 + r + 2],
+                        w.ptr_to([T.cast(w_row, "int64"), column + i * STEP]),
+                    )
+        for r in T.unroll(2):
+            constant[r] = T.float32(0)
+            if spec.bias:
+                constant[r] = bias[T.min(first + row + r * (outs if gated else 8), n - 1)]
+        if pdl:
+            T.ptx["griddepcontrol.wait"]()
+        for i in T.unroll(steps * 2):
+            values[i] = T.uint32(0)
+        if token0 + row < m:
+            for i in T.unroll(steps):
+                T.ptx["ld.global.v2.b32"](
+                    values[i * 2],
+                    values[i * 2 + 1],
+                    x.ptr_to([T.cast(token0 + row, "int64"), column + i * STEP]),
+                )
+        if spec.residual:
+            if warp == warps - 1:
+                for t in T.unroll(2):
+                    for r in T.unroll(halves):
+                        token: T.let = token0 + quad * 2 + t
+                        out: T.let = first + row + r * 8
+                        added.clear(before, t + r * 2)
+                        if T.And(token < m, out < outs):
+                            added.load(before, residual.ptr_to([T.cast(token, "int64"), out]), t + r * 2)
+        for i in T.unroll(4):
+            acc[i] = T.float32(0)
+        if warp > 0:
+            T.ptx["bar.sync"](T.cast(warp, "uint32"), T.uint32(64))
+            T.ptx["ld.shared.v4.f32"](*[acc[j] for j in range(4)], sums.ptr_to([warp - 1, lane, 0]))
+        for i in T.unroll(steps):
+            T.ptx[multiply](
+                *[acc[j] for j in range(4)],
+                *[weights[i * 4 + j] for j in range(4)],
+                *[values[i * 2 + j] for j in range(2)],
+                *[acc[j] for j in range(4)],
+            )
+        if warp < warps - 1:
+            T.ptx["st.shared.v4.f32"](sums.ptr_to([warp, lane, 0]), *[acc[j] for j in range(4)])
+            T.ptx["bar.arrive"](T.cast(warp + 1, "uint32"), T.uint32(64))
+        else:
+            for t in T.unroll(2):
+                for r in T.unroll(halves):
+                    token: T.let = token0 + quad * 2 + t
+                    out: T.let = first + row + r * 8
+                    if T.And(token < m, out < outs):
+                        stored.round(rounded, [result(acc, constant, t, r, before)])
+                        stored.store(y.ptr_to([T.cast(token, "int64"), out]), rounded)
+
+    return chained(kernel, target)
