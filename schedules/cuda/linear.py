@@ -9,7 +9,7 @@ from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.linear_few_kernel import linear_few_kernel
-from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
+from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles, parts_of
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
@@ -69,7 +69,8 @@ class Linear(Schedule):
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile | LinearFewTile]:
         spec = facts.spec
-        return (*few_tiles(spec, facts.rows), *tiles(spec.out_features, spec.in_features, facts.rows, target))
+        many = tiles(spec.out_features, spec.in_features, facts.rows, target, parts_of(spec))
+        return (*few_tiles(spec, facts.rows), *many)
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec

@@ -4,9 +4,10 @@ Where a weight is small, a step is launches and latencies. So nothing passes thr
 16 outputs, its warps a part of K each, and a thread loads what it multiplies from memory into registers, weights while
 the kernel before still runs. Weights are the 16 rows of mma.m16n8k16, tokens its 8 columns.
 
-A sum over K is one chain of steps of 16 in increasing K, which the warps hand on from one to the next, so it has the
-bits of `linear_kernel`: on Hopper a step adds its 16 products to the sum at once, in mma.sync as in wgmma, whatever
-their order in it. Each thread takes four neighbouring values of a step, as one load.
+A part of a sum over K (`parts_of`) is one chain of steps of 16 in increasing K, which the warps hand on from one to the
+next, and the last warp adds the parts up in order. So a sum has the bits of `linear_kernel`: on Hopper a step adds its
+16 products to the sum at once, in mma.sync as in wgmma, whatever their order in it. Each thread takes four neighbouring
+values of a step, as one load.
 
 With a gate, a block's rows are 8 of the gate and the 8 of up beside them.
 """
@@ -20,7 +21,7 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
-from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile
+from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile, parts_of
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 from tilewright.schedules.cuda.rows import Vector
 
@@ -33,7 +34,8 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
     spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
     n, k = spec.out_features, spec.in_features
     gated, outs = spec.gate is not None, spec.result_features
-    warps = tile.warps
+    warps, parts = tile.warps, parts_of(spec)
+    chain = warps // parts  # of warps, for a part
     steps = k // STEP // warps  # of a warp
     row_blocks = -(-n // _ROWS)
     kind = PTX_TYPES[spec.dtype]
@@ -76,6 +78,7 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
         weights = T.alloc_local([steps * 4], "uint32")
         values = T.alloc_local([steps * 2], "uint32")
         acc = T.alloc_local([4], "float32")
+        others = T.alloc_local([4 * parts], "float32")  # the parts before the last
         constant = T.alloc_local([2], "float32")
         before = added.registers(4)
         rounded = stored.registers()
@@ -120,7 +123,7 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
                             added.load(before, residual.ptr_to([T.cast(token, "int64"), out]), t + r * 2)
         for i in T.unroll(4):
             acc[i] = T.float32(0)
-        if warp > 0:
+        if T.truncmod(warp, chain) > 0:
             T.ptx["bar.sync"](T.cast(warp, "uint32"), T.uint32(64))
             T.ptx["ld.shared.v4.f32"](*[acc[j] for j in range(4)], sums.ptr_to([warp - 1, lane, 0]))
         for i in T.unroll(steps):
@@ -132,8 +135,21 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
             )
         if warp < warps - 1:
             T.ptx["st.shared.v4.f32"](sums.ptr_to([warp, lane, 0]), *[acc[j] for j in range(4)])
-            T.ptx["bar.arrive"](T.cast(warp + 1, "uint32"), T.uint32(64))
+            if T.truncmod(warp + 1, chain) > 0:
+                T.ptx["bar.arrive"](T.cast(warp + 1, "uint32"), T.uint32(64))
+            else:
+                T.ptx["bar.arrive"](T.uint32(warps), T.uint32(32 * parts))
         else:
+            if parts > 1:
+                T.ptx["bar.sync"](T.uint32(warps), T.uint32(32 * parts))
+                for part in T.unroll(parts - 1):
+                    T.ptx["ld.shared.v4.f32"](
+                        *[others[part * 4 + j] for j in range(4)], sums.ptr_to([(part + 1) * chain - 1, lane, 0])
+                    )
+                for j in T.unroll(4):
+                    for part in T.unroll(parts - 2):
+                        others[j] = others[j] + others[(part + 1) * 4 + j]
+                    acc[j] = others[j] + acc[j]
             for t in T.unroll(2):
                 for r in T.unroll(halves):
                     token: T.let = token0 + quad * 2 + t

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from tilewright.compiler.composites import LinearSpec
 
 STEP = 16  # of K, in one product of the matrix units
+PARTS = 4  # of a sum over K, where it is long and the weight small
 
 _MOST_WARPS = 8
 _MOST_STEPS = 16  # of a warp: four registers each
 _EASY_STEPS = 12
-_MOST_BYTES = 8 << 20  # of a weight that is read sooner this way than through TMA
+_SMALL_BYTES = 8 << 20  # of a weight that is read sooner this way than through TMA
+_LONG = 1024  # values of K
 
 TOKENS = 8  # of a block; at 16, TMA is as fast
 
@@ -26,14 +28,21 @@ class LinearFewTile:
             raise ValueError(f"{self.warps} warps are not 1 to {_MOST_WARPS}")
 
 
+def parts_of(spec: LinearSpec) -> int:
+    """Equal parts that every kernel takes a linear's sum over K in, for any tokens: they depend on N and K alone. One
+    chain of all K would be most of the time of a small weight, and parts are work for more warps at once."""
+    small = 2 * spec.out_features * spec.in_features <= _SMALL_BYTES
+    return PARTS if small and spec.in_features >= _LONG and spec.in_features % (PARTS * 128) == 0 else 1
+
+
 def few_tiles(spec: LinearSpec, tokens: int) -> Sequence[LinearFewTile]:
     """Valid tiles for up to so many tokens, the likely best first: few warps, since they wait for one another. None
     where a tile of `linear_tile` is faster."""
     n, k = spec.out_features, spec.in_features
-    if tokens > TOKENS or k % STEP or 2 * n * k > _MOST_BYTES:
+    if tokens > TOKENS or k % STEP or 2 * n * k > _SMALL_BYTES:
         return ()
-    steps = k // STEP
-    fitting = [w for w in range(1, _MOST_WARPS + 1) if steps % w == 0 and steps // w <= _MOST_STEPS]
+    steps, parts = k // STEP, parts_of(spec)
+    fitting = [w for w in range(parts, _MOST_WARPS + 1, parts) if steps % w == 0 and steps // w <= _MOST_STEPS]
     easy = [w for w in fitting if steps // w <= _EASY_STEPS]
     ordered = easy + sorted(set(fitting) - set(easy), reverse=True)
     return tuple(LinearFewTile(warps) for warps in ordered)

@@ -5,7 +5,8 @@ tokens beside them, so few tokens waste nothing but idle matrix units, and many 
 TMA into a ring of stages; the others multiply. Weights do not depend on the kernel before: a block fetches as many as
 fit before it waits for that one. Blocks are persistent and load the next tile's weights while they finish one.
 
-A sum over K is one chain of wgmma steps of 16 in increasing K, whatever the tile: the same bits for any tokens beside.
+A sum over K, or a part of one (`parts_of`), is one chain of wgmma steps of 16 in increasing K, and parts are added up
+in order, whatever the tile: the same bits for any tokens beside.
 
 A band of fewer than 64 rows is multiplied as 64: what lies behind it in shared memory gives rows that are not stored.
 With a gate, rows are loaded in groups of 8, a group of gate and a group of up by turns, so that a thread holds both
@@ -22,6 +23,7 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
+from tilewright.schedules.cuda.linear_few_tile import parts_of
 from tilewright.schedules.cuda.linear_tile import STAGING_PITCH, STAGING_TOKENS, LinearTile
 from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair, unpack_pair
 from tilewright.schedules.cuda.tma import EVICT_FIRST, EVICT_LAST, ROW, load_tile, tensor_map
@@ -43,6 +45,8 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     clusters = tile.blocks // cluster
     accumulators = tokens // 2
     early = min(stages, steps)
+    sum_parts = parts_of(spec)
+    part_steps = steps // sum_parts
     stage_bytes = (rows + tokens) * depth * 2
     slice_rows = tokens // cluster
     mask = (1 << cluster) - 1 if cluster > 1 else 0
@@ -204,6 +208,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
             warp: T.let = thread // 32
             lane: T.let = thread % 32
             acc = T.alloc_local([accumulators], "float32")
+            total = T.alloc_local([accumulators if sum_parts > 1 else 1], "float32")
             w_desc = T.alloc_local([1], "uint64")
             x_desc = T.alloc_local([1], "uint64")
             packed = T.alloc_local([4], "uint32")
@@ -256,7 +261,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                 *[acc[j] for j in range(accumulators)],
                                 w_desc[0] + T.cast((consumer.stage * chunks + c) * (rows * 8) + i * 2, "uint64"),
                                 x_desc[0] + T.cast((consumer.stage * chunks + c) * (tokens * 8) + i * 2, "uint64"),
-                                T.Or(step > 0, c * 4 + i > 0),
+                                T.Or(T.truncmod(step, part_steps) > 0, c * 4 + i > 0),
                                 1,
                                 1,
                                 0,
@@ -268,6 +273,11 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                         release(last[0])
                     last[0] = consumer.stage
                     consumer.advance()
+                    if sum_parts > 1:
+                        if T.truncmod(step + 1, part_steps) == 0:
+                            T.ptx["wgmma.wait_group.sync.aligned"](0)
+                            for j in T.unroll(accumulators):
+                                total[j] = T.Select(step + 1 == part_steps, acc[j], total[j] + acc[j])
                 T.ptx["wgmma.wait_group.sync.aligned"](0)
                 release(last[0])
 
@@ -286,7 +296,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                     token: T.let = token0[0] + j * 8 + lane % 4 * 2 + c
                                     out: T.let = first_out + i * 8 + lane // 4
                                     if T.And(token < m, out < outs):
-                                        y[token, out] = value(acc, constant, j, i, c)
+                                        y[token, out] = value(total if sum_parts > 1 else acc, constant, j, i, c)
                     else:
                         for chunk in T.unroll(tokens // span):
                             if token0[0] + chunk * span < m:
@@ -316,8 +326,24 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                     j: T.let = chunk * (span // 8) + i // parts
                                     pack_pair(
                                         packed[i],
-                                        value(acc, constant, j, i % parts, 0, before if spec.residual else None, i),
-                                        value(acc, constant, j, i % parts, 1, before if spec.residual else None, i),
+                                        value(
+                                            total if sum_parts > 1 else acc,
+                                            constant,
+                                            j,
+                                            i % parts,
+                                            0,
+                                            before if spec.residual else None,
+                                            i,
+                                        ),
+                                        value(
+                                            total if sum_parts > 1 else acc,
+                                            constant,
+                                            j,
+                                            i % parts,
+                                            1,
+                                            before if spec.residual else None,
+                                            i,
+                                        ),
                                         spec.out_dtype,
                                     )
                                 T.ptx[f"stmatrix.sync.aligned.m8n8.x{matrices}.trans.shared.b16"](

@@ -65,6 +65,12 @@ class LinearTile:
         return self.bands * self.tokens > 384
 
     @property
+    def holds_parts(self) -> bool:
+        """Whether registers hold a part of a sum beside the sum of the parts before."""
+        registers = 2 * self.tokens // 2 + 64
+        return not self.wide and self.tokens <= 128 and self.blocks_per_sm * self.threads * registers <= REGISTERS
+
+    @property
     def threads(self) -> int:
         return 128 * self.bands + (128 if self.wide else 32)
 
@@ -80,9 +86,9 @@ class LinearTile:
         return ring + self.overread_bytes + 4 * self.bands * STAGING_TOKENS * STAGING_PITCH * 2 + BARRIER_BYTES
 
 
-def tiles(rows: int, depth: int, m_max: int, target: Target) -> Iterator[LinearTile]:
-    """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first."""
-    found = dict.fromkeys(_candidates(rows, depth, m_max, target))
+def tiles(rows: int, depth: int, m_max: int, target: Target, parts: int = 1) -> Iterator[LinearTile]:
+    """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first. parts: of a sum over K."""
+    found = [t for t in dict.fromkeys(_candidates(rows, depth, m_max, target)) if parts == 1 or t.holds_parts]
     yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
 
 

@@ -13,7 +13,7 @@ from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
 from tilewright.compiler.targets import RECORDS
 from tilewright.schedules.base import Call, Lowering, Reject
 from tilewright.schedules.cuda.linear import Linear
-from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
+from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles, parts_of
 from tilewright.schedules.cuda.linear_tile import LinearTile
 
 LINEAR = Linear()
@@ -122,11 +122,11 @@ def test_values_and_equal_bits_for_any_number_of_rows(spec: LinearSpec) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("spec", [dense(592, 448, residual=True), dense(584, 1536)], ids=["whole", "parts"])
 @pytest.mark.parametrize("m", [1, 13, 64, 200])
-def test_every_tile_gives_the_same_bits(m: int) -> None:
+def test_every_tile_gives_the_same_bits(spec: LinearSpec, m: int) -> None:
     import torch
 
-    spec = dense(592, 448, residual=True)
     given = arguments(spec, m, 1)
     facts = LINEAR.match(call(spec, m), cuda_target())
     space = LINEAR.space(facts, cuda_target())
@@ -185,6 +185,7 @@ def test_few_tokens_wait_for_no_weight(spec: LinearSpec) -> None:
 
 def test_tiles_for_few_tokens_are_for_small_weights() -> None:
     assert [tile.warps for tile in few_tiles(dense(576, 576), 8)] == [3, 4, 6]
+    assert [tile.warps for tile in few_tiles(dense(576, 1536), 8)] == [8], "each of four parts is too long for a warp"
     assert few_tiles(dense(576, 576), 9) == ()
     assert few_tiles(dense(6144, 4096), 1) == (), "the weight is too large"
     assert few_tiles(dense(64, 40), 1) == (), "K is no multiple of 16"
@@ -192,6 +193,11 @@ def test_tiles_for_few_tokens_are_for_small_weights() -> None:
     for warps in (0, 9):
         with pytest.raises(ValueError, match=f"{warps} warps"):
             LinearFewTile(warps)
+
+
+def test_long_sums_of_small_weights_are_taken_in_parts() -> None:
+    parts = [parts_of(dense(n, k)) for n, k in ((576, 1536), (2048, 2048), (576, 576), (2048, 8192), (576, 1100))]
+    assert parts == [4, 4, 1, 1, 1]
 
 
 @pytest.mark.parametrize("m", [1, 64, 2048])
