@@ -1,7 +1,8 @@
 """Real models on a GPU, their weights dequantised to bfloat16: they say what transformers says on the same GPU, and the
 same however they are served."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import tilewright
 from tests.checkpoints import load_gguf_reference
 from tests.test_real_weights import CROWD, GREEDY_STEPS, QUESTIONS, Said, prompt_tokens, say
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCE
 from tilewright import Engine, EngineLimits, SamplingParams
 from tilewright.compiler.frontends.packages import packaged_model_path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.weights, pytest.mark.timeout(300)]
 
+NOISE = 1.25  # times that of another implementation in the same dtype
 AGREEMENT = 0.98  # of the most likely token, bfloat16 compute against float32
 MODELS = {"smollm2-135m": True, "gemma3-270m": False}  # and whether they were taught to chat
 
@@ -42,7 +44,9 @@ class Pair:
     def logits(self, tokens: list[int]) -> np.ndarray:
         """The reference's, float32[n, vocab]."""
         with torch.no_grad():
-            return self.reference(torch.tensor([tokens], device="cuda"), use_cache=False).logits[0].cpu().numpy()
+            return (
+                self.reference(torch.tensor([tokens], device="cuda"), use_cache=False).logits[0].float().cpu().numpy()
+            )
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -54,10 +58,25 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(path, tilewright.load(path, device="cuda", kv_tokens=32768), reference, MODELS[name])
 
 
-def test_logits_are_those_of_transformers(pair: Pair) -> None:
-    assert pair.model.tokenizer is not None
-    tokens = pair.model.tokenizer.encode("The capital of France is Paris, and its river")
-    assert_close(pair.model.logits(tokens), pair.logits(tokens), "logits_bfloat16")
+def test_logits_are_as_close_to_float32_as_transformers_in_bfloat16(pair: Pair) -> None:
+    """By the root of the mean square over ten prompts. The largest of millions of differences is a matter of luck: at
+    the start of a sequence these models have activations in the thousands, whose rounding alone makes it 1 to 13 %."""
+    rounded = copy.deepcopy(pair.reference).to(torch.bfloat16)
+    ours, theirs = [], []
+    for tokens in map(pair.prompt, QUESTIONS):
+        expected = pair.logits(tokens)
+        ours.append(root_mean_square(pair.model.logits(tokens), expected))
+        theirs.append(root_mean_square(replace(pair, reference=rounded).logits(tokens), expected))
+    print(f"error {np.mean(ours):.4f}, of transformers in bfloat16 {np.mean(theirs):.4f}")
+    assert np.mean(ours) <= NOISE * np.mean(theirs)
+    assert max(ours) <= TOLERANCE["logits_bfloat16"]
+
+
+def root_mean_square(logits: np.ndarray, expected: np.ndarray) -> float:
+    """Of the difference, relative to the largest magnitude that is expected."""
+    difference = np.asarray(logits, np.float64) - expected
+    assert np.isfinite(difference).all()
+    return float(np.sqrt(np.mean(difference**2)) / np.abs(expected).max())
 
 
 def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
