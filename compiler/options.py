@@ -28,7 +28,12 @@ class Defaults:
 DEFAULTS = {
     "cpu": Defaults(16, 512, "float32", "float32", True, (1,)),
     "cuda": Defaults(
-        256, 2048, "bfloat16", "bfloat16", False, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+        256,
+        2048,
+        "bfloat16",
+        "bfloat16",
+        False,
+        (*(1, 2, 4, 8, 16, 24, 32, 48), *range(64, 256, 32), *range(256, 512, 64), *range(512, 1025, 128)),
     ),
 }
 
