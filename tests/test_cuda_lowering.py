@@ -1,5 +1,6 @@
 """A model lowered for Hopper: every operator of a step has a kernel, and kernels are written down when asked for."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_a_strict_step_treats_generated_tokens_as_a_prompts(tmp_path: Path) -> N
     assert sorted(usual["step_decode"].values()) == [1, layers]
     assert sorted(usual["step"].values()) == [1, 1, layers, layers]
     assert not usual["step_decode"].keys() & strict["step_decode"].keys()
+
+
+@pytest.mark.parametrize("most", [1, 17, 256, 1000, 2048])
+def test_decode_batches_of_any_size_are_padded_little(most: int) -> None:
+    sizes = Options(RECORDS["nvidia-h100"], max_batch=most, max_tokens=4096).decode_buckets
+    assert sizes[0] == 1 and sizes[-1] == most
+    for size, following in pairwise(sizes):
+        assert size < following <= size * (2 if size < 16 else 1.5 if size < 128 else 1.25)
 
 
 def test_equal_keys_are_one_kernel() -> None:

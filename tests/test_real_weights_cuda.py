@@ -60,7 +60,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_logits_are_as_close_to_float32_as_transformers_in_bfloat16(pair: Pair) -> None:
     """By the root of the mean square over ten prompts. The largest of millions of differences is a matter of luck: at
-    the start of a sequence these models have activations in the thousands, whose rounding alone makes it 1 to 13 %."""
+    the start of a sequence these models have activations in the thousands, whose rounding alone moves it."""
     rounded = copy.deepcopy(pair.reference).to(torch.bfloat16)
     ours, theirs = [], []
     for tokens in map(pair.prompt, QUESTIONS):

@@ -187,6 +187,12 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
             first_page: T.let = T.cast(layer, "int32") * num_pages
             slot[0] = 0
             phase[0] = 1
+            low = T.alloc_local([1], "int32")
+            high = T.alloc_local([1], "int32")
+            start = T.alloc_local([1], "int32")
+            query_bytes = T.alloc_local([1], "int32")
+            stages_of_part = T.alloc_local([1], "int32")
+            stage = T.alloc_local([1], "int32")
 
             @T.inline
             def look_up(part, stage):
@@ -269,12 +275,6 @@ def decode_kernel(spec: PagedAttentionSpec, tile: DecodeTile, target: Target, m_
                 else:
                     look_up(todo.following, 0)
 
-            low = T.alloc_local([1], "int32")
-            high = T.alloc_local([1], "int32")
-            start = T.alloc_local([1], "int32")
-            query_bytes = T.alloc_local([1], "int32")
-            stages_of_part = T.alloc_local([1], "int32")
-            stage = T.alloc_local([1], "int32")
             look_up(todo.part, 0)
             count_stages()
             if early > 0:

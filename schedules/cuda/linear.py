@@ -9,8 +9,9 @@ from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
 from tilewright.schedules.cuda.linear_few_kernel import linear_few_kernel
-from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles, parts_of
+from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
+from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
 # Tokens up to each of which a linear has tiles of its own; above the last, tiles are as good as they get.

@@ -21,7 +21,9 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
-from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile, parts_of
+from tilewright.schedules.cuda.linear_arguments import match_arguments
+from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile
+from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 from tilewright.schedules.cuda.rows import Vector
 
@@ -30,8 +32,7 @@ _ROWS = 16  # of a block
 
 @deferred
 def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> Any:
-    """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
-    spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
+    """Of the arguments in linear_arguments.py."""
     n, k = spec.out_features, spec.in_features
     gated, outs = spec.gate is not None, spec.result_features
     warps, parts = tile.warps, parts_of(spec)
@@ -57,13 +58,7 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
     def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
         T.func_attr({"global_symbol": "linear_few"})
         m = T.int32()
-        x = T.match_buffer(x_ptr, (m, k), spec.dtype)
-        w = T.match_buffer(w_ptr, (n, k), spec.dtype)
-        if spec.bias:
-            bias = T.match_buffer(b_ptr, (n,), "float32")
-        if spec.residual:
-            residual = T.match_buffer(r_ptr, (m, outs), spec.dtype)
-        y = T.match_buffer(y_ptr, (m, outs), spec.out_dtype)
+        x, w, bias, residual, y = match_arguments(spec, m, x_ptr, w_ptr, b_ptr, r_ptr, y_ptr)
         T.device_entry()
         block = T.cta_id([row_blocks * ((m + (TOKENS - 1)) // TOKENS)])
         thread = T.thread_id([32 * warps])

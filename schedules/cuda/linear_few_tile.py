@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.compiler.composites import LinearSpec
+from tilewright.schedules.cuda.linear_parts import is_small, parts_of
 
 STEP = 16  # of K, in one product of the matrix units
-PARTS = 4  # of a sum over K, where it is long and the weight small
 
 _MOST_WARPS = 8
 _MOST_STEPS = 16  # of a warp: four registers each
 _EASY_STEPS = 12
-_SMALL_BYTES = 8 << 20  # of a weight that is read sooner this way than through TMA
-_LONG = 1024  # values of K
 
 TOKENS = 8  # of a block; at 16, TMA is as fast
 
@@ -28,18 +26,11 @@ class LinearFewTile:
             raise ValueError(f"{self.warps} warps are not 1 to {_MOST_WARPS}")
 
 
-def parts_of(spec: LinearSpec) -> int:
-    """Equal parts that every kernel takes a linear's sum over K in, for any tokens: they depend on N and K alone. One
-    chain of all K would be most of the time of a small weight, and parts are work for more warps at once."""
-    small = 2 * spec.out_features * spec.in_features <= _SMALL_BYTES
-    return PARTS if small and spec.in_features >= _LONG and spec.in_features % (PARTS * 128) == 0 else 1
-
-
 def few_tiles(spec: LinearSpec, tokens: int) -> Sequence[LinearFewTile]:
     """Valid tiles for up to so many tokens, the likely best first: few warps, since they wait for one another. None
     where a tile of `linear_tile` is faster."""
-    n, k = spec.out_features, spec.in_features
-    if tokens > TOKENS or k % STEP or 2 * n * k > _SMALL_BYTES:
+    k = spec.in_features
+    if tokens > TOKENS or k % STEP or not is_small(spec):
         return ()
     steps, parts = k // STEP, parts_of(spec)
     fitting = [w for w in range(parts, _MOST_WARPS + 1, parts) if steps % w == 0 and steps // w <= _MOST_STEPS]

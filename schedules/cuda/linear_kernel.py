@@ -23,7 +23,8 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
-from tilewright.schedules.cuda.linear_few_tile import parts_of
+from tilewright.schedules.cuda.linear_arguments import match_arguments
+from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.linear_tile import STAGING_PITCH, STAGING_TOKENS, LinearTile
 from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair, unpack_pair
 from tilewright.schedules.cuda.tma import EVICT_FIRST, EVICT_LAST, ROW, load_tile, tensor_map
@@ -33,8 +34,7 @@ _RESIDUALS_AHEAD = 4  # of 16 tokens: what the latency of memory takes to store
 
 @deferred
 def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
-    """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
-    spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
+    """Of the arguments in linear_arguments.py."""
     n, k = spec.out_features, spec.in_features
     gated, outs = spec.gate is not None, spec.result_features
     rows, tokens, depth, stages, cluster = tile.rows, tile.tokens, tile.depth, tile.stages, tile.cluster
@@ -67,26 +67,21 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         """The bias of constant[r], within bounds."""
         return T.min(out, outs - 1) + r * outs if gated else T.min(out + r * 8, n - 1)
 
-    def value(acc, constant, j, r, c, before=None, i=0):
+    def value(acc, total, constant, before, j, r, c, i=0):
         """An output before it is rounded: of tokens 8j..8j+7 the thread's one of column c."""
+        sums = total if sum_parts > 1 else acc
         if spec.gate is not None:
-            gate, up = acc[j * 4 + c] + constant[0], acc[j * 4 + 2 + c] + constant[1]
+            gate, up = sums[j * 4 + c] + constant[0], sums[j * 4 + 2 + c] + constant[1]
             result = activate(spec.gate.activation, gate) * up
         else:
-            result = acc[j * 4 + r * 2 + c] + constant[r]
-        return result if before is None else result + before[i * 2 + c]
+            result = sums[j * 4 + r * 2 + c] + constant[r]
+        return result + before[i * 2 + c] if spec.residual else result
 
     @T.prim_func
     def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
         T.func_attr({"global_symbol": "linear"})
         m = T.int32()
-        x = T.match_buffer(x_ptr, (m, k), spec.dtype)
-        w = T.match_buffer(w_ptr, (n, k), spec.dtype)
-        if spec.bias:
-            bias = T.match_buffer(b_ptr, (n,), "float32")
-        if spec.residual:
-            residual = T.match_buffer(r_ptr, (m, outs), spec.dtype)
-        y = T.match_buffer(y_ptr, (m, outs), spec.out_dtype)
+        x, w, bias, residual, y = match_arguments(spec, m, x_ptr, w_ptr, b_ptr, r_ptr, y_ptr)
         x_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
         w_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
         tensor_map(x_map, x.data, spec.dtype, (k, m), (k * 2,), (ROW, slice_rows))
@@ -296,7 +291,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                     token: T.let = token0[0] + j * 8 + lane % 4 * 2 + c
                                     out: T.let = first_out + i * 8 + lane // 4
                                     if T.And(token < m, out < outs):
-                                        y[token, out] = value(total if sum_parts > 1 else acc, constant, j, i, c)
+                                        y[token, out] = value(acc, total, constant, before, j, i, c)
                     else:
                         for chunk in T.unroll(tokens // span):
                             if token0[0] + chunk * span < m:
@@ -326,24 +321,8 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                     j: T.let = chunk * (span // 8) + i // parts
                                     pack_pair(
                                         packed[i],
-                                        value(
-                                            total if sum_parts > 1 else acc,
-                                            constant,
-                                            j,
-                                            i % parts,
-                                            0,
-                                            before if spec.residual else None,
-                                            i,
-                                        ),
-                                        value(
-                                            total if sum_parts > 1 else acc,
-                                            constant,
-                                            j,
-                                            i % parts,
-                                            1,
-                                            before if spec.residual else None,
-                                            i,
-                                        ),
+                                        value(acc, total, constant, before, j, i % parts, 0, i),
+                                        value(acc, total, constant, before, j, i % parts, 1, i),
                                         spec.out_dtype,
                                     )
                                 T.ptx[f"stmatrix.sync.aligned.m8n8.x{matrices}.trans.shared.b16"](

@@ -21,6 +21,7 @@ from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
 from tilewright.schedules.cuda.activations import activate
 from tilewright.schedules.cuda.launch import chained
+from tilewright.schedules.cuda.linear_arguments import match_arguments
 from tilewright.schedules.cuda.linear_mma_tile import CHUNK, LinearMmaTile
 from tilewright.schedules.cuda.pairs import PTX_TYPES
 from tilewright.schedules.cuda.rows import Vector
@@ -30,8 +31,7 @@ _LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 
 @deferred
 def linear_mma_kernel(spec: LinearSpec, tile: LinearMmaTile, target: Target) -> Any:
-    """(x[M,K], weight[N,K], bias f32[N], residual[M,O], y[M,O]), O = N or, gated, N / 2; x, weight and residual of
-    spec.dtype, y of spec.out_dtype. A bias or residual that the spec has not is not read."""
+    """Of the arguments in linear_arguments.py."""
     n, k = spec.out_features, spec.in_features
     gated, outs = spec.gate is not None, spec.result_features
     rows, tokens, depth, stages, threads = tile.rows, tile.tokens, tile.depth, tile.stages, tile.threads
@@ -88,13 +88,7 @@ def linear_mma_kernel(spec: LinearSpec, tile: LinearMmaTile, target: Target) -> 
     def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
         T.func_attr({"global_symbol": "linear_mma"})
         m = T.int32()
-        x = T.match_buffer(x_ptr, (m, k), spec.dtype)
-        w = T.match_buffer(w_ptr, (n, k), spec.dtype)
-        if spec.bias:
-            bias = T.match_buffer(b_ptr, (n,), "float32")
-        if spec.residual:
-            residual = T.match_buffer(r_ptr, (m, outs), spec.dtype)
-        y = T.match_buffer(y_ptr, (m, outs), spec.out_dtype)
+        x, w, bias, residual, y = match_arguments(spec, m, x_ptr, w_ptr, b_ptr, r_ptr, y_ptr)
         T.device_entry()
         block = T.cta_id([row_blocks * ((m + (tokens - 1)) // tokens)])
         thread = T.thread_id([threads])

@@ -67,7 +67,7 @@ class LinearTile:
     @property
     def holds_parts(self) -> bool:
         """Whether registers hold a part of a sum beside the sum of the parts before."""
-        registers = 2 * self.tokens // 2 + 64
+        registers = self.tokens + 64
         return not self.wide and self.tokens <= 128 and self.blocks_per_sm * self.threads * registers <= REGISTERS
 
     @property

@@ -367,19 +367,24 @@ def test_cancelled_in_flight_and_swapped_out() -> None:
         check(request, bench.model.limits)
 
 
-def test_who_was_swapped_out_comes_back_before_anybody_new_starts() -> None:
-    limits = device(num_pages=5, max_context=20)
-    bench = Bench(limits, host_pages=20)
+def second_swapped_out() -> tuple[Bench, Request, Request]:
+    """Two requests that ran until one had to go."""
+    bench = Bench(device(num_pages=5, max_context=20), host_pages=20)
     first, second = (bench.submit(list(range(6)), SamplingParams(max_tokens=10, seed=i)) for i in range(2))
     while not bench.core.swapped:
         bench.core.turn()
+    return bench, first, second
+
+
+def test_who_was_swapped_out_comes_back_before_anybody_new_starts() -> None:
+    bench, first, second = second_swapped_out()
     later = bench.submit([1], SamplingParams(max_tokens=1, seed=0))
     bench.run()
     ended = [request for request, event in bench.events if event.completion]
     assert ended.index(second) < ended.index(later) or later.started_s >= second.started_s
     assert bench.core.stats.replays == 0 and bench.core.stats.tokens == 2 * (6 + 9) + 1, "nothing is computed twice"
     for request in (first, second, later):
-        check(request, limits)
+        check(request, bench.model.limits)
 
 
 def test_who_computes_again_is_not_overtaken_by_a_swapped_sibling() -> None:
@@ -403,14 +408,10 @@ def test_who_computes_again_is_not_overtaken_by_a_swapped_sibling() -> None:
 
 
 def test_who_was_swapped_out_does_not_overtake_a_higher_priority() -> None:
-    limits = device(num_pages=5, max_context=20)
-    bench = Bench(limits, host_pages=20)
-    first, second = (bench.submit(list(range(6)), SamplingParams(max_tokens=10, seed=i)) for i in range(2))
-    while not bench.core.swapped:
-        bench.core.turn()
+    bench, first, second = second_swapped_out()
     urgent = bench.submit(list(range(14)), SamplingParams(max_tokens=2, seed=0, priority=1))
     bench.run()
     ended = [request for request, event in bench.events if event.completion]
     assert ended == [first, urgent, second]
     for request in ended:
-        check(request, limits)
+        check(request, bench.model.limits)

@@ -13,7 +13,8 @@ from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
 from tilewright.compiler.targets import RECORDS
 from tilewright.schedules.base import Call, Lowering, Reject
 from tilewright.schedules.cuda.linear import Linear
-from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles, parts_of
+from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
+from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.linear_tile import LinearTile
 
 LINEAR = Linear()
