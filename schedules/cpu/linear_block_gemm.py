@@ -6,7 +6,7 @@ in registers, as int32 for each plane of the activations and as float32, and unp
 panels a step every word of the activations is loaded once for both of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -122,21 +122,31 @@ class BlockProduct:
 
     @contextmanager
     def tasks(self) -> Iterator[tuple[Expr, Expr, list[Expr]]]:
-        """The parallel loop over chunks of equally many rows and panels: first row of the chunk, its rows, panels.
+        """The parallel loop over tasks, each as `task` gives it."""
+        count, task = self.deal()
+        with T.parallel(0, count) as index:
+            yield task(index)
 
-        A chunk is whole groups, the last one may end within a group. The panels of a chunk follow each other; the last
-        one is done twice where it has no partner.
+    def deal(self) -> tuple[Expr, Callable[[Expr], tuple[Expr, Expr, list[Expr]]]]:
+        """How many tasks there are, and what one is, written down where it is asked for: a chunk of rows times the
+        panels of a step, as first row, number of rows, panels.
+
+        Chunks have equally many rows and are whole groups, the last one may end within a group. The panels of a chunk
+        follow each other; the last one is done twice where it has no partner.
         """
         tokens, last = self.rows.tokens, self.rows.facts.panels - 1
         m, steps = self.rows.m, last // self.panels + 1
         most = max(1, CHUNK_BYTES // (4 * self.rows.blocks * self.rows.record_words))
         chunks = isa.settled(T.max((m + most - 1) // most, T.int64(1)), "int64")
         size = isa.settled((m + chunks * tokens - 1) // (chunks * tokens) * tokens, "int64")
-        with T.parallel(0, chunks * steps) as task:
-            first = isa.settled(task // steps * size, "int64")
-            panel = T.bind(task % steps * self.panels)
+
+        def task(index: Expr) -> tuple[Expr, Expr, list[Expr]]:
+            first = isa.settled(index // steps * size, "int64")
+            panel = T.bind(index % steps * self.panels)
             partner = [isa.settled(T.min(panel + 1, T.int64(last)), "int64")] * (self.panels - 1)
-            yield first, isa.settled(T.max(T.min(m - first, size), T.int64(0)), "int64"), [panel, *partner]
+            return first, isa.settled(T.max(T.min(m - first, size), T.int64(0)), "int64"), [panel, *partner]
+
+        return chunks * steps, task
 
     def last_group(self, end: Expr, rows: Expr, panels: Sequence[Expr]) -> None:
         """The last `rows` rows before row `end`, fewer than a group, by steps of 8, 4, 2, 1 as it has these bits."""

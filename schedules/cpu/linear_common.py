@@ -18,10 +18,11 @@ X, WEIGHT = 0, 1  # indices of the composite's arguments
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """One linear. m: its static number of rows, or None."""
+    """One linear. m: its static number of rows, or None. few: whether there are too few rows for matrix tiles."""
 
     spec: LinearSpec
     m: int | None
+    few: bool = False
 
     @property
     def n(self) -> int:

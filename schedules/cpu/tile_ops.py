@@ -2,9 +2,9 @@
 
 The plain form exists so that kernels written on tiles can be checked on any machine. Shapes are fixed for all kernels:
 
-    tiles 0, 1  int32[16 tokens][16 outputs]         sums
-    tiles 2, 3  int8[16 tokens][4 * groups]          activations
-    tiles 4, 5  uint8[groups][16 outputs * 4 inputs] weights, 4 inputs of an output side by side
+    tiles 0 to 3  int32[16 tokens][16 outputs]     sums
+    tiles 4, 5    int8[16 tokens][4 * groups]      activations
+    tiles 6, 7    [groups][16 outputs * 4 inputs]  weights, int8 or uint8, 4 inputs of an output side by side
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tvm import tirx
 
 from tilewright.schedules.cpu.isa import Buffer, Expr, T, bytes_of, store
 
-SUMS, ACTIVATIONS, WEIGHTS = (0, 1), (2, 3), (4, 5)
+SUMS, ACTIVATIONS, WEIGHTS = (0, 1, 2, 3), (4, 5), (6, 7)
 TOKENS, OUTPUTS = 16, 16
 MAX_GROUPS = 16
 
@@ -22,13 +22,14 @@ MAX_GROUPS = 16
 class TileOps(Protocol):
     """Instructions on tiles; one object serves the kernel of one parallel task.
 
-    `load` takes the bytes from row to row in memory; `store` fills a row of int32[:, 16 * 16] with sums.
+    `load` takes the bytes from row to row in memory; `store` fills a row of int32[:, 16 * 16] with sums; `dot` reads
+    weights as int8 where they are `signed`, else as uint8.
     """
 
     def begin(self) -> None: ...
     def zero(self, tile: int) -> None: ...
     def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None: ...
-    def dot(self, sums: int, activations: int, weights: int) -> None: ...
+    def dot(self, sums: int, activations: int, weights: int, signed: bool) -> None: ...
     def store(self, tile: int, buffer: Buffer, row: int) -> None: ...
     def end(self) -> None: ...
 
@@ -65,8 +66,8 @@ class AmxTiles:
     def load(self, tile: int, buffer: Buffer, offset: Expr, stride: int) -> None:
         _instruction("tileloadd64", _tile(tile), T.address_of(buffer[offset]), _stride(stride))
 
-    def dot(self, sums: int, activations: int, weights: int) -> None:
-        _instruction("tdpbsud", _tile(sums), _tile(activations), _tile(weights))
+    def dot(self, sums: int, activations: int, weights: int, signed: bool) -> None:
+        _instruction("tdpbssd" if signed else "tdpbsud", _tile(sums), _tile(activations), _tile(weights))
 
     def store(self, tile: int, buffer: Buffer, row: int) -> None:
         _instruction("tilestored64", _tile(tile), T.address_of(buffer[row, 0]), _stride(4 * OUTPUTS))
@@ -95,11 +96,12 @@ class PlainTiles:
         with T.grid(int(self.tiles[tile].shape[0]) // width, width) as (row, i):
             T.buffer_store(self.tiles[tile], buffer[offset + row * stride + i], [row * width + i])
 
-    def dot(self, sums: int, activations: int, weights: int) -> None:
+    def dot(self, sums: int, activations: int, weights: int, signed: bool) -> None:
         c, a, b = (self.tiles[t] for t in (sums, activations, weights))
         with T.grid(TOKENS, OUTPUTS, self.inputs) as (i, n, k):
             w = b[k // 4 * (4 * OUTPUTS) + 4 * n + k % 4]
-            product = T.cast(a[i * self.inputs + k], "int32") * T.cast(w, "int32")
+            w = T.cast(T.reinterpret("int8", w) if signed else w, "int32")
+            product = T.cast(a[i * self.inputs + k], "int32") * w
             T.buffer_store(c, c[i * OUTPUTS + n] + product, [i * OUTPUTS + n])
 
     def store(self, tile: int, buffer: Buffer, row: int) -> None:

@@ -199,21 +199,29 @@ def test_other_instruction_sets_give_the_same_bits(target, form, bits):
 
 # Few, as compiling these takes long. In chunks 33 rows are two groups that go through tiles, a row and nothing.
 @pytest.mark.parametrize(
-    "spec,depth,chunked",
+    "spec,tile,chunked",
     [
-        (spec_of("q4_1", 40, 96, "norm", bias=True, residual=True, bits=16), 1, True),
-        (spec_of("q8_0", 20, 64, bits=8), 2, False),
-        (spec_of("q4_0", 20, 96, bits=8), 1, False),
+        (spec_of("q4_1", 40, 96, "norm", bias=True, residual=True, bits=16), AmxTile(1, 2), True),
+        (spec_of("q8_0", 20, 64, bits=8), AmxTile(2, 2), False),
+        (spec_of("q8_0", 20, 32, bits=16), AmxTile(1, 1), False),
+        (spec_of("q4_0", 20, 96, bits=8), AmxTile(1, 1), False),
     ],
-    ids=["q4_1-16-chunks", "q8_0-8-depth-2", "q4_0-8"],
+    ids=["q4_1-16-chunks", "q8_0-8-depth-2", "q8_0-16", "q4_0-8"],
 )
-def test_matrix_tiles_give_the_same_bits(spec, depth, chunked, monkeypatch):
+def test_matrix_tiles_give_the_same_bits(spec, tile, chunked, monkeypatch):
     arguments = random_arguments(spec, max(ROWS))
     if chunked:
         monkeypatch.setattr(linear_block_gemm, "CHUNK_BYTES", chunks_of_7_rows(spec))
-    tile = AmxTile(depth, from_rows=32)  # 33 rows go through tiles, 16 through the other steps
     run = KernelRunner(lower(EmulatedAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile))
     assert_same_bits(run, spec, arguments, by_gemv(spec, arguments))
+
+
+def test_few_rows_have_the_kernel_of_machines_without_matrix_tiles():
+    spec = spec_of("q4_1", 40, 96)
+    few = Call("linear", spec, None, 64, rows=LinearBlockAmx().bounds(Call("linear", spec, None, 64), AMX_TARGET)[0])
+    assert few.rows == 15
+    (kernel,) = lower(LinearBlockAmx(), few, AMX_TARGET).kernels
+    tvm.ir.assert_structural_equal(kernel.func, lower(GEMM, few, AMX_TARGET).kernels[0].func)
 
 
 def tile_registers_granted() -> bool:
@@ -224,15 +232,18 @@ def tile_registers_granted() -> bool:
     return bool(present) and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-@pytest.mark.parametrize("bits", [8, 16] if tile_registers_granted() else [8])
-def test_matrix_tiles_become_their_instructions(bits):
-    """Where this machine has them they are run as well, which the second width is for."""
-    spec = spec_of("q4_1", 40, 64, bits=bits)
-    tile = AmxTile(16 // bits, from_rows=32)
+@pytest.mark.parametrize(
+    "form,bits,tile,product",
+    [("q4_1", 8, AmxTile(2, 2), "tdpbsud"), ("q8_0", 16, AmxTile(1, 2), "tdpbssd")],
+    ids=["q4_1-8", "q8_0-16"],
+)
+def test_matrix_tiles_become_their_instructions(form, bits, tile, product):
+    """Where this machine has them they are run as well."""
+    spec = spec_of(form, 40, 64, bits=bits)
     lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile)
     target = {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
     assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[0].func}), target=target).mod.inspect_source("asm")
-    for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
+    for instruction in ("ldtilecfg", "tilezero", "tileloadd", product, "tilestored", "tilerelease"):
         assert re.search(rf"\b{instruction}\b", assembly), instruction
     if tile_registers_granted():
         arguments = random_arguments(spec, max(ROWS))
@@ -296,7 +307,12 @@ def test_weights_are_asked_for_ahead_of_their_use():
             "'relu' is none of silu, gelu_tanh",
         ),
         (LinearBlockAmx(), Call("linear", CASES[0], None, 64), AVX2_TARGET, "needs the target feature amx_int8"),
-        (LinearBlockAmx(), Call("linear", CASES[0], 8, 8), AMX_TARGET, "pays from 64 rows on, and there are at most 8"),
+        (
+            LinearBlockAmx(),
+            Call("linear", CASES[0], 8, 8),
+            AMX_TARGET,
+            "fills tiles of 16 rows, and there are",
+        ),
     ],
 )
 def test_a_call_that_does_not_fit_is_rejected_with_the_reason(schedule, call, target, reason):
@@ -313,7 +329,7 @@ def test_tiles_check_themselves():
         lambda: AmxTiles(17),
         lambda: GemvTile(0),
         lambda: AmxTile(3),
-        lambda: AmxTile(1, 8),
+        lambda: AmxTile(1, 3),
     ):
         with pytest.raises(ValueError):
             bad()
