@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from tilewright.compiler.composites import GatedSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule, deferred
-from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.activations import gate_product
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.rows import BYTES, Vector, VectorTile, refuse_dtype
 
@@ -55,7 +55,7 @@ def gated_kernel(spec: GatedSpec, tile: VectorTile, target: Target) -> Any:
 
     def product(gate: Any, up: Any) -> list[Any]:
         pairs = zip(vector.values(gate), vector.values(up), strict=True)
-        return [activate(spec.activation, g) * u for g, u in pairs]
+        return [gate_product(spec.activation, g, u) for g, u in pairs]
 
     @T.prim_func
     def kernel(x_ptr: T.handle, y_ptr: T.handle):

@@ -15,7 +15,7 @@ from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
 # Tokens up to each of which a linear has tiles of its own; above the last, tiles are as good as they get.
-_BOUNDS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)
+_BOUNDS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)

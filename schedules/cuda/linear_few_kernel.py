@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
-from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.activations import gate_product
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.linear_arguments import match_arguments
 from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile
@@ -46,12 +46,16 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
     ragged = n % _ROWS != 0
     pdl = target.has("pdl")
 
+    def biased(total, constant):
+        return total + constant if spec.bias else total
+
     def result(acc, constant, t, r, before):
         """An output before it is rounded, for the thread's token t; see `linear_kernel`."""
         if spec.gate is not None:
-            value = activate(spec.gate.activation, acc[t] + constant[0]) * (acc[t + 2] + constant[1])
+            gate, up = (biased(acc[t + i * 2], constant[i]) for i in range(2))
+            value = gate_product(spec.gate.activation, gate, up)
         else:
-            value = acc[t + r * 2] + constant[r]
+            value = biased(acc[t + r * 2], constant[r])
         return value + added.values(before, t + r * 2)[0] if spec.residual else value
 
     @T.prim_func
@@ -92,9 +96,8 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
                         weights[i * 4 + r + 2],
                         w.ptr_to([T.cast(w_row, "int64"), column + i * STEP]),
                     )
-        for r in T.unroll(2):
-            constant[r] = T.float32(0)
-            if spec.bias:
+        if spec.bias:
+            for r in T.unroll(2):
                 constant[r] = bias[T.min(first + row + r * (outs if gated else 8), n - 1)]
         if pdl:
             T.ptx["griddepcontrol.wait"]()

@@ -21,7 +21,7 @@ from tvm.tirx.cuda.lang import MBarrier, PipelineState, SMEMPool, TMABar
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
-from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.activations import gate_product
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.linear_arguments import match_arguments
 from tilewright.schedules.cuda.linear_parts import parts_of
@@ -48,12 +48,16 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     sum_parts = parts_of(spec)
     part_steps = steps // sum_parts
     stage_bytes = (rows + tokens) * depth * 2
-    slice_rows = tokens // cluster
+    halves = tile.halves
+    pieces = 2 if halves else 1  # that the tokens of a tile are loaded in
+    slice_rows = tokens // cluster // pieces
+    narrow_bytes = (rows + tokens // pieces) * depth * 2
     mask = (1 << cluster) - 1 if cluster > 1 else 0
     policy = EVICT_FIRST if tile.weights_once else 0
     x_policy = EVICT_LAST if tile.weights_once else 0
     kind = PTX_TYPES[spec.dtype]
     multiply = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}"
+    multiply_half = f"wgmma.mma_async.sync.aligned.m64n{tokens // pieces}k16.f32.{kind}.{kind}"
     group = tile.group
     pdl = target.has("pdl")
     # 8 tokens are half of what four 8 x 8 matrices hold.
@@ -67,15 +71,22 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         """The bias of constant[r], within bounds."""
         return T.min(out, outs - 1) + r * outs if gated else T.min(out + r * 8, n - 1)
 
+    def biased(total, constant):
+        return total + constant if spec.bias else total
+
     def value(acc, total, constant, before, j, r, c, i=0):
         """An output before it is rounded: of tokens 8j..8j+7 the thread's one of column c."""
         sums = total if sum_parts > 1 else acc
         if spec.gate is not None:
-            gate, up = sums[j * 4 + c] + constant[0], sums[j * 4 + 2 + c] + constant[1]
-            result = activate(spec.gate.activation, gate) * up
+            gate, up = (biased(sums[j * 4 + i * 2 + c], constant[i]) for i in range(2))
+            result = gate_product(spec.gate.activation, gate, up)
         else:
-            result = sums[j * 4 + r * 2 + c] + constant[r]
+            result = biased(sums[j * 4 + r * 2 + c], constant[r])
         return result + before[i * 2 + c] if spec.residual else result
+
+    def holds(narrow, token):
+        """Whether the tile has its `token`th one."""
+        return T.Or(narrow[0] == 0, token < tokens // 2) if halves else True
 
     @T.prim_func
     def kernel(x_ptr: T.handle, w_ptr: T.handle, b_ptr: T.handle, r_ptr: T.handle, y_ptr: T.handle):
@@ -116,22 +127,32 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         if cluster > 1:
             T.ptx["barrier.cluster.arrive.release.aligned"]()
         token_blocks: T.let = (m + (tokens - 1)) // tokens
-        mine: T.let = T.truncdiv(row_blocks * token_blocks - block // cluster + (clusters - 1), clusters)
+        whole_turns: T.let = T.truncdiv(row_blocks * token_blocks, clusters)
+        rest: T.let = row_blocks * token_blocks - whole_turns * clusters
+        # Whether the tiles of the last turn are cut in halves.
+        cut: T.let = T.And(T.bool(halves), rest * 2 <= clusters)
+        mine: T.let = whole_turns + T.cast(block // cluster < T.Select(cut, rest * 2, rest), "int32")
         at = T.alloc_local([1], "int32")
         deep = T.alloc_local([1], "int32")
         row0 = T.alloc_local([1], "int32")
         token0 = T.alloc_local([1], "int32")
+        narrow = T.alloc_local([1], "int32")  # whether the tile is a half
 
         @T.inline
         def place(turn):
             """row0, token0 of the block's tile of a turn: up to `group` blocks of tokens share weights in the cache."""
             at[0] = block // cluster + turn * clusters
+            if halves:
+                narrow[0] = T.cast(T.And(cut, turn == whole_turns), "int32")
+                at[0] = T.Select(narrow[0] > 0, turn * clusters + block // 2, at[0])
             token0[0] = T.truncdiv(at[0], group * row_blocks) * group
             deep[0] = T.min(token_blocks - token0[0], group)
             at[0] = at[0] - token0[0] * row_blocks
             row0[0] = T.truncdiv(at[0], deep[0])
             token0[0] = (token0[0] + at[0] - row0[0] * deep[0]) * tokens
             row0[0] = (row0[0] * cluster + rank) * rows
+            if halves:
+                token0[0] = token0[0] + narrow[0] * (block % 2) * (tokens // 2)
 
         @T.inline
         def load_weights(stage, step):
@@ -164,6 +185,24 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                     x_policy,
                     mask,
                 )
+                if halves:
+                    if narrow[0] == 0:
+                        load_tile(
+                            x_ring.ptr_to([(stage * chunks + c) * tokens + slice_rows, 0]),
+                            x_map,
+                            (step * depth + c * ROW, token0[0] + slice_rows),
+                            full.ptr_to([stage]),
+                            x_policy,
+                            mask,
+                        )
+
+        @T.inline
+        def expect(stage):
+            """The bytes of a stage are on their way."""
+            if halves:
+                full.arrive(stage, tx_count=T.Select(narrow[0] > 0, narrow_bytes, stage_bytes))
+            else:
+                full.arrive(stage, tx_count=stage_bytes)
 
         if thread >= consumers:
             if wide:
@@ -173,7 +212,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
             if T.And(thread == consumers, mine > 0):
                 place(0)
                 for s in T.unroll(early):
-                    full.arrive(s, tx_count=stage_bytes)
+                    expect(s)
                     load_weights(s, s)
             T.cuda.warp_sync()
             if cluster > 1:
@@ -192,7 +231,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                     first: T.int32 = T.Select(turn == 0, early, 0)
                     for step in T.serial(steps - first):
                         empty.wait(producer.stage, producer.phase)
-                        full.arrive(producer.stage, tx_count=stage_bytes)
+                        expect(producer.stage)
                         load_weights(producer.stage, first + step)
                         load_tokens(producer.stage, first + step)
                         producer.advance()
@@ -242,18 +281,17 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                     )
 
             consumer = PipelineState(stages, 0)
-            for turn in T.serial(mine):
-                place(turn)
-                if spec.residual:
-                    for chunk in T.unroll(ahead):
-                        fetch_residual(chunk)
+
+            @T.inline
+            def multiply_all(instruction, count):
+                """A tile's sums over all of K, in acc[:count], or in total where they have parts."""
                 for step in T.serial(steps):
                     full.wait(consumer.stage, consumer.phase)
                     T.ptx["wgmma.fence.sync.aligned"]()
                     for c in T.unroll(chunks):
                         for i in T.unroll(4):
-                            T.ptx[multiply](
-                                *[acc[j] for j in range(accumulators)],
+                            T.ptx[instruction](
+                                *[acc[j] for j in range(count)],
                                 w_desc[0] + T.cast((consumer.stage * chunks + c) * (rows * 8) + i * 2, "uint64"),
                                 x_desc[0] + T.cast((consumer.stage * chunks + c) * (tokens * 8) + i * 2, "uint64"),
                                 T.Or(T.truncmod(step, part_steps) > 0, c * 4 + i > 0),
@@ -271,14 +309,25 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                     if sum_parts > 1:
                         if T.truncmod(step + 1, part_steps) == 0:
                             T.ptx["wgmma.wait_group.sync.aligned"](0)
-                            for j in T.unroll(accumulators):
+                            for j in T.unroll(count):
                                 total[j] = T.Select(step + 1 == part_steps, acc[j], total[j] + acc[j])
+
+            for turn in T.serial(mine):
+                place(turn)
+                if spec.residual:
+                    for chunk in T.unroll(ahead):
+                        fetch_residual(chunk)
+                if halves:
+                    if narrow[0] > 0:
+                        multiply_all(multiply_half, accumulators // 2)
+                    else:
+                        multiply_all(multiply, accumulators)
+                else:
+                    multiply_all(multiply, accumulators)
                 T.ptx["wgmma.wait_group.sync.aligned"](0)
                 release(last[0])
 
                 # What a row adds, in the order of acc: two outputs apart by 8, or the gate's and the other half's.
-                for r in T.unroll(2):
-                    constant[r] = T.float32(0)
                 first_out: T.let = T.truncdiv(row0[0], 2) + warp * 8 if gated else row0[0] + warp * 16
                 if spec.bias:
                     for r in T.unroll(2):
@@ -290,11 +339,11 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                 for c in T.unroll(2):
                                     token: T.let = token0[0] + j * 8 + lane % 4 * 2 + c
                                     out: T.let = first_out + i * 8 + lane // 4
-                                    if T.And(token < m, out < outs):
+                                    if T.And(T.And(token < m, out < outs), holds(narrow, j * 8)):
                                         y[token, out] = value(acc, total, constant, before, j, i, c)
                     else:
                         for chunk in T.unroll(tokens // span):
-                            if token0[0] + chunk * span < m:
+                            if T.And(token0[0] + chunk * span < m, holds(narrow, chunk * span)):
                                 store_token: T.let = token0[0] + chunk * span + lane // parts
                                 store_out: T.let = first_out + lane % parts * 8
                                 stored: T.let = T.And(T.And(lane < span * parts, store_token < m), store_out < outs)

@@ -19,7 +19,7 @@ from tvm.tirx.cuda.lang import SMEMPool
 from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import deferred
-from tilewright.schedules.cuda.activations import activate
+from tilewright.schedules.cuda.activations import gate_product
 from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.linear_arguments import match_arguments
 from tilewright.schedules.cuda.linear_mma_tile import CHUNK, LinearMmaTile
@@ -70,14 +70,13 @@ def linear_mma_kernel(spec: LinearSpec, tile: LinearMmaTile, target: Target) -> 
         return [T.Select(column < k, T.uint32(copied * 2), T.uint32(0))] if k % depth else []
 
     def compute(values, acc, constant, at):
-        """Two outputs before the residual is added, of the sums from acc[at] on. The gate's product is named, lest some
-        kernels contract it with the residual's sum and others don't."""
+        """Two outputs before the residual is added, of the sums from acc[at] on."""
         for c in range(2):
             if spec.gate is None:
                 T.buffer_store(values, acc[at + c] + constant[c], [c])
             else:
-                gate = activate(spec.gate.activation, acc[at + c] + constant[c])
-                T.evaluate(T.ptx["mul.rn.f32"](values[c], gate, acc[at + 4 + c] + constant[2 + c]))
+                gate, up = acc[at + c] + constant[c], acc[at + 4 + c] + constant[2 + c]
+                T.buffer_store(values, gate_product(spec.gate.activation, gate, up), [c])
 
     def add(values, part, loaded):
         """The outputs from `part` on, plus what was loaded beside them."""

@@ -13,14 +13,15 @@ BARRIER_BYTES = 1024  # barriers and the alignment of what precedes them
 STAGING_TOKENS = 16  # that a warp stores at a time
 STAGING_PITCH = 24  # values between them in its staging area: stmatrix and 16-byte reads meet no bank twice
 REGISTERS = 65536
-_TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+_TOKENS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 256)
 
 # What one multiprocessor does in a steady state, fitted to measured times of these kernels on an H100.
-_LEAST_OPERATION_S = 1.7e-13  # an operation of a large tile
-_PER_TOKENS_S, _PER_ROWS_S, _SAVED_S = 2.18e-11, 7.2e-12, 2e-14  # of a small one: what loads cost, over its extents
+_LEAST_OPERATION_S = 1.92e-13  # an operation of a large tile
+_PER_TOKENS_S, _PER_ROWS_S, _EACH_S = 1.6e-11, 6.8e-12, 1.2e-14  # of a small one: what loads cost, over its extents
 _WEIGHT_BYTES = 45e9  # a second, of weights from memory
 _TURN_S = 1.0e-6  # between a tile and the next
-_LONE_BAND = 1.25  # how much longer the turns of a lone warpgroup take, where there are several
+_HALF_TURN = 0.55  # one of halves of tiles
+_LONE_BAND = 1.04, 1.12  # how much longer a lone warpgroup takes for one turn, and for several
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class LinearTile:
     """rows, tokens: a tile's outputs and tokens. depth: of K, a stage. stages: of the ring. cluster: blocks that share
     a tile of tokens. blocks: of the grid, which are persistent. blocks_per_sm: that fit side by side. group: blocks of
     tokens that follow one another on the same weights. weights_once: weights are read by one block each, so that the
-    cache need not keep them."""
+    cache need not keep them. halves: tiles that are too few to give every block one more are cut in two, of half the
+    tokens each, where that gives no block more than one of them."""
 
     rows: int
     tokens: int
@@ -39,6 +41,7 @@ class LinearTile:
     blocks_per_sm: int = 1
     group: int = 8
     weights_once: bool = True
+    halves: bool = False
 
     def __post_init__(self) -> None:
         if self.rows % 16 or not 16 <= self.rows <= 256:
@@ -51,6 +54,8 @@ class LinearTile:
             raise ValueError(f"{self.tokens} tokens, {self.blocks} blocks: not divided by clusters of {self.cluster}")
         if self.bands > 4 or (self.wide and self.bands != 2):
             raise ValueError(f"tiles of {self.rows} by {self.tokens} do not fit in registers")
+        if self.halves and (self.cluster > 1 or self.tokens % 32):
+            raise ValueError(f"{self.tokens} tokens for a cluster of {self.cluster} are not cut in halves")
         if self.stages < 2:
             raise ValueError(f"a ring of {self.stages} stages can't load while it is read")
 
@@ -92,11 +97,11 @@ def tiles(rows: int, depth: int, m_max: int, target: Target, parts: int = 1) -> 
     yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
 
 
-def _preference(tile: LinearTile, rows: int, m_max: int) -> tuple[int, int]:
-    """Of tiles that should take equally long: fewer warpgroups; and tokens shared where few of them or many tiles make
-    loads dear, but not where blocks of one turn would wait for one another."""
+def _preference(tile: LinearTile, rows: int, m_max: int) -> tuple[int, int, int]:
+    """Of tiles that should take equally long: a block alone, with the deeper ring; fewer warpgroups; and tokens shared
+    where few of them or many tiles make loads dear, but not where blocks of one turn would wait for one another."""
     several = -(-rows // tile.rows) * -(-m_max // tile.tokens) > tile.blocks
-    return tile.bands, -tile.cluster if several or tile.tokens <= 64 else tile.cluster
+    return tile.blocks_per_sm, tile.bands, -tile.cluster if several or tile.tokens <= 64 else tile.cluster
 
 
 def _candidates(rows: int, depth: int, m_max: int, target: Target) -> Iterator[LinearTile]:
@@ -116,14 +121,17 @@ def _tile(
     height: int, tokens: int, rows: int, depth: int, m_max: int, per_sm: int, cluster: int, target: Target
 ) -> LinearTile | None:
     """The tile with the deepest ring that fits, or None where there is none."""
-    step = 2 * ROW if depth % (2 * ROW) == 0 and tokens <= 128 and per_sm == 1 else ROW
+    step = 2 * ROW if depth % (2 * ROW) == 0 and tokens <= 64 and per_sm == 1 else ROW
     row_blocks = -(-rows // (height * cluster)) * cluster
     slots = target.sms * per_sm // cluster * cluster
     blocks = min(row_blocks * -(-m_max // tokens), slots)
     room = target.shared_memory_bytes // per_sm - (1024 if per_sm > 1 else 0)
+    halves = cluster == 1 and tokens % 32 == 0 and m_max > 64
     for stages in range(min(12, max(2, -(-depth // step))), 1, -1):
         try:
-            tile = LinearTile(height, tokens, step, stages, blocks, cluster, per_sm, weights_once=m_max <= tokens)
+            tile = LinearTile(
+                height, tokens, step, stages, blocks, cluster, per_sm, weights_once=m_max <= tokens, halves=halves
+            )
         except ValueError:
             return None
         registers = tokens // 2 + 56
@@ -136,18 +144,19 @@ def _tile(
 
 def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target) -> float:
     """Predicted time with m_max tokens."""
-    count = -(-rows // tile.rows) * -(-m_max // tile.tokens)
-    turns = -(-count // tile.blocks)
+    turns, rest = divmod(-(-rows // tile.rows) * -(-m_max // tile.tokens), tile.blocks)
+    if rest:
+        turns += _HALF_TURN if tile.halves and 2 * rest <= tile.blocks else 1
     beside = min(tile.blocks_per_sm, -(-tile.blocks // target.sms))  # blocks on the busiest multiprocessor
     operations = 2 * 64 * tile.bands * tile.tokens * depth
-    small_s = _PER_TOKENS_S / tile.tokens + _PER_ROWS_S / (64 * tile.bands) - _SAVED_S
+    small_s = _PER_TOKENS_S / tile.tokens + _PER_ROWS_S / (64 * tile.bands) + _EACH_S
     each = operations * max(_LEAST_OPERATION_S, small_s)
     if m_max <= tile.tokens:
         fetch = tile.rows * depth * 2 / _WEIGHT_BYTES
         each = fetch if m_max <= 64 else max(each, fetch)
     bandwidth = (target.bandwidth_gbs or 3000.0) * 1e9
     stalls = {2: 1.6, 3: 1.08}.get(tile.stages, 1.0)  # a shallow ring runs dry
-    if tile.bands == 1 and tile.blocks_per_sm == 1 and turns > 1 and m_max > 64:
-        stalls *= _LONE_BAND  # it stores what it has before it multiplies again
+    if tile.bands == 1 and m_max > 64:
+        stalls *= _LONE_BAND[turns > 1]  # it stores what it has before it multiplies again
     whole = stalls * max(turns * beside * each, rows * depth * 2 / bandwidth)
     return whole + (turns + max(0, tile.bands - 2)) * _TURN_S

@@ -143,6 +143,32 @@ def test_every_tile_gives_the_same_bits(spec: LinearSpec, m: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "spec",
+    [dense(584, 448, residual=True), gated(592, 448), dense(264, 1536, bias=True, out_dtype="float32")],
+    ids=["residual", "gate", "float32-parts"],
+)
+@pytest.mark.parametrize("tokens", [32, 96, 128])
+def test_halves_of_tiles_give_the_same_bits(spec: LinearSpec, tokens: int) -> None:
+    """With fewer blocks than tiles. Some of the halves lie behind the last token."""
+    import torch
+
+    facts = LINEAR.match(call(spec, 2048), cuda_target())
+    tile = LinearTile(64, tokens, 64, 3, 1)
+    blocks = range(2, 12)
+    run, *cut = runners(
+        [LINEAR.apply(facts, replace(tile, blocks=b, halves=b > 1), cuda_target()) for b in (1, *blocks)]
+    )
+    for m in (tokens // 2, tokens + 3, 2 * tokens, 3 * tokens - 1):
+        given = arguments(spec, m, m)
+        (expected,) = run(*given)
+        for count, halved in zip(blocks, cut, strict=True):
+            (y,) = halved(*given)
+            torch.cuda.synchronize()
+            assert torch.equal(y, expected), f"{count} blocks, {m} tokens"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "spec",
     [
         gated(3072, 576),
         gated(208, 112, "gelu_tanh", bias=True),
@@ -209,6 +235,7 @@ def test_matrix_units_and_tensor_copies_are_used(spec: LinearSpec, m: int) -> No
     assert "HGMMA" in code
     assert "UTMALDG" in code
     assert "LDL" not in code
+    assert "FFMA" not in code, "a gate's product is contracted with what is added to it"
     assert "STACK:0 " in run.resources(0)
 
 
@@ -235,6 +262,8 @@ def test_what_does_not_fit_is_refused_with_a_reason() -> None:
         ({"cluster": 2, "blocks": 3}, "not divided by clusters"),
         ({"rows": 256, "tokens": 256}, "registers"),
         ({"stages": 1}, "1 stages"),
+        ({"halves": True, "tokens": 48}, "not cut in halves"),
+        ({"halves": True, "cluster": 2}, "not cut in halves"),
     ],
 )
 def test_a_tile_checks_itself(fields: dict[str, int], message: str) -> None:
