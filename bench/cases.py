@@ -30,6 +30,7 @@ STREAMS_8 = Case("streams-8", "the same, 8 streams at once", "tokens/s", higher=
 MEMORY = Case("memory", "peak memory of load, prefill of 512 and decode", "MiB")
 BANDWIDTH = Case("read-bandwidth", "sum over 1 GiB on all threads", "GB/s", higher=True)
 
+COMPILE_CASES = {c.name: c for c in (COMPILE_COLD, COMPILE_MEMORY, COMPILE_WARM)}
 CPU_CASES = {
     c.name: c
     for c in (

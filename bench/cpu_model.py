@@ -6,11 +6,9 @@ check is not timed.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 from cases import CPU_CASES as CASES
 from cases import SMOLLM2
+from compile_time import processor, python, time_compile
 from results_file import Results, about
 
 HERE = Path(__file__).parent
@@ -134,30 +133,15 @@ def time_processes(results: Results, artifact: str, wanted: set[str]) -> None:
     """Figures of whole processes: import, load, compile."""
     if "import" in wanted:
         code = "import time; t = time.perf_counter(); import tilewright; print((time.perf_counter() - t) * 1e3)"
-        results.add("import", "tilewright", [float(_python(code)) for _ in range(10)])
+        results.add("import", "tilewright", [float(python(code)) for _ in range(10)])
     if "load" in wanted:
         code = (
             "import tilewright, time; t = time.perf_counter(); "
             f"tilewright.load({artifact!r}); print((time.perf_counter() - t) * 1e3)"
         )
-        results.add("load", "tilewright", [float(_python(code)) for _ in range(5)])
+        results.add("load", "tilewright", [float(python(code)) for _ in range(5)])
     if "compile-cold" in wanted:
-        _time_compile(results)
-
-
-def _time_compile(results: Results) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(Path(place) / "cache")}
-        code = (
-            "import resource, time; t = time.perf_counter(); import tilewright; "
-            f"tilewright.compile({SMOLLM2!r}, output={str(Path(place) / 'm.tw')!r}); "
-            "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-        )
-        cold, memory = map(float, _python(code, environment).split())
-        warm = [float(_python(code, environment).split()[0]) for _ in range(3)]
-    results.add("compile-cold", "tilewright", [cold])
-    results.add("compile-memory", "tilewright", [memory])
-    results.add("compile-warm", "tilewright", warm)
+        time_compile(SMOLLM2, results)
 
 
 def time_bandwidth(results: Results, threads: int) -> float:
@@ -175,19 +159,6 @@ def time_bandwidth(results: Results, threads: int) -> float:
     return statistics.median(rates[1:])
 
 
-def _python(code: str, environment: dict[str, str] | None = None) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    return result.stdout
-
-
-def _processor() -> str:
-    from tilewright.compiler.targets import host
-
-    return f"{host.processor()}, {host.cores()} cores"
-
-
 def _features() -> list[str]:
     from tilewright.compiler.targets import host
 
@@ -196,7 +167,7 @@ def _features() -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     wanted = set(args.only or CASES)
-    known = about(args.commit, _processor(), features=_features(), threads=args.threads)
+    known = about(args.commit, processor(), features=_features(), threads=args.threads)
     results = Results(args.results or HERE / "results" / "cpu.jsonl", CASES, known)
     start = [partial(Worker, sys.executable, "tilewright", args.artifact, args.threads)]
     if args.peer_python:

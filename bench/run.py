@@ -2,6 +2,7 @@
 
     python bench/run.py ARTIFACT [--gguf FILE --peer-python PYTHON]     a model on a processor (cpu_model.py)
     python bench/run.py ARTIFACT --suite model                          a model on a GPU (gpu_model.py)
+    python bench/run.py MODEL --suite compile --target nvidia-h100      compiling a model (compile_time.py)
     python bench/run.py --suite kernels                                kernels on a GPU (gpu_kernels.py)
 
 Each prints tables and appends one line a figure to a file of bench/results (results_file.py). `--only CASE ...` takes
@@ -27,6 +28,10 @@ def main() -> None:
         gpu_kernels.run(args, chosen(args.only))
     elif args.suite == "model":
         time_model(args)
+    elif args.suite == "compile":
+        import compile_time
+
+        compile_time.run(args)
     else:
         import cpu_model
 
@@ -47,12 +52,13 @@ def time_model(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", nargs="?", help="of the model to time, in the suites cpu and model")
-    parser.add_argument("--suite", choices=("cpu", "kernels", "model"), default="cpu")
+    parser.add_argument("artifact", nargs="?", help="to time, in the suites cpu and model; a model in compile")
+    parser.add_argument("--suite", choices=("cpu", "kernels", "model", "compile"), default="cpu")
     parser.add_argument("--only", nargs="*", metavar="CASE", help="default all; the kernels' may be patterns: 'qkv-*'")
     parser.add_argument("--results", type=Path, help="the file of lines, default that of the suite")
     parser.add_argument("--commit", help="what is timed, where this is no checkout of it")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--target", default="cuda", help="to compile for")
     cpu = parser.add_argument_group("the suite cpu")
     cpu.add_argument("--gguf", help="the same model's GGUF file, for llama.cpp")
     cpu.add_argument("--peer-python", help="a Python that has llama-cpp-python")
@@ -62,7 +68,7 @@ def parse() -> argparse.Namespace:
     kernels.add_argument("--prepared", type=Path, metavar="FILE", help="take the kernels from FILE")
     args = parser.parse_args()
     if args.suite != "kernels" and args.artifact is None:
-        parser.error(f"the suite {args.suite} times an artifact: name one")
+        parser.error(f"the suite {args.suite} times an artifact, or compiles a model: name one")
     known = {"cpu": CPU_CASES, "model": MODEL_CASES}.get(args.suite)
     unknown = set(args.only or ()) - set(known) if known else ()
     if unknown:
