@@ -144,7 +144,8 @@ def _tile(
 
 def _seconds(tile: LinearTile, rows: int, depth: int, m_max: int, target: Target) -> float:
     """Predicted time with m_max tokens."""
-    turns, rest = divmod(-(-rows // tile.rows) * -(-m_max // tile.tokens), tile.blocks)
+    whole_turns, rest = divmod(-(-rows // tile.rows) * -(-m_max // tile.tokens), tile.blocks)
+    turns = float(whole_turns)
     if rest:
         turns += _HALF_TURN if tile.halves and 2 * rest <= tile.blocks else 1
     beside = min(tile.blocks_per_sm, -(-tile.blocks // target.sms))  # blocks on the busiest multiprocessor
