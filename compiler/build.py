@@ -37,6 +37,7 @@ def compile(
     page_size: int = DEFAULT_PAGE_SIZE,
     strict: bool = False,
     dump: str | os.PathLike[str] | None = None,
+    logs: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
 ) -> Artifact:
     """Compile a model into an artifact.
@@ -48,13 +49,15 @@ def compile(
     page_size: tokens a KV page.
     strict: a token gets the same bits whether it was generated or stands in a prompt. On a CPU it always does; on a
     GPU generated tokens then run by the prompts' attention kernel, which is slower where few sequences are long.
-    dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
+    dump: a directory for the IR after every pass. logs: a directory of tuning records, by default that of the
+    installation. Raises UserError for whatever the caller can mend.
     """
     here = resolve_target(target)
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
     batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
-    options = Options(here, weights, quant, batch, tokens, page_size, strict, Path(dump) if dump else None)
+    places = (Path(place) if place else None for place in (dump, logs))
+    options = Options(here, weights, quant, batch, tokens, page_size, strict, *places)
     _check_quant(options)
     report = progress or (lambda _: None)
     checkpoint = _read(model, options, report)
@@ -103,9 +106,10 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
     from tilewright.schedules.order import Chooser
+    from tilewright.schedules.records import known_here
 
     formats = weight_formats(checkpoint, options)
-    choose = Chooser(options.target)
+    choose = Chooser(options.target, known_here(options.logs or env.tuning_logs(), options.target))
     scheduled = lower(checkpoint, formats, options, report, choose)
     program, kernels = split_kernels(scheduled)
     params = step_params(scheduled)
