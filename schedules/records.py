@@ -36,8 +36,8 @@ class Record:
     """One candidate measured once, or more than once and the last time counts.
 
     target, facts, tile: canonical text (`target_text`, `text_of`). rows: that the call had. space: `space_hash`.
-    us: median microseconds of a call, None where it failed; spread_us: the middle half of the samples. of_floor: the
-    floor over `us`. failure: one of FAILURES, or "". date: UTC, to the second. place: file and line it was read from.
+    bytes, operations: that a call can't do without. us: median microseconds of a call, None where it failed; spread_us:
+    the middle half of the samples. of_floor: the floor over `us`, None where the device's ceilings are not known. failure: one of FAILURES, or "". date: UTC, to the second. place: file and line it was read from.
     """
 
     device: str
@@ -47,6 +47,8 @@ class Record:
     rows: int
     space: str
     tile: str
+    bytes: int = 0
+    operations: int = 0
     us: float | None = None
     spread_us: tuple[float, float] | None = None
     of_floor: float | None = None
@@ -84,6 +86,7 @@ class Record:
 
 
 _NESTED = ("facts", "tile", "versions")  # JSON in JSON: objects in the file, canonical text in a Record
+_REQUIRED = {"device", "target", "schedule", "facts", "rows", "space", "tile"}
 _NUMBERS = ("us", "of_floor", "clock_mhz", "temperature_c")
 _TEXTS = ("device", "target", "schedule", "space", "failure", "detail", "driver", "date")
 
@@ -99,7 +102,7 @@ def parse(line: str, place: str = "") -> Record:
     if fields.pop("version") != VERSION:
         raise UnreadableRecord(f"is of another version than {VERSION}, which this tilewright reads")
     known = {f.name for f in dataclasses.fields(Record)} - {"place"}
-    odd = sorted(set(fields) - known) or sorted({"device", "target", "schedule", "facts", "rows", "space", "tile"} - set(fields))
+    odd = sorted(set(fields) - known) or sorted(_REQUIRED - set(fields))
     if odd:
         raise UnreadableRecord(f"has one field too many or too few: {odd[0]}")
     wrong = next((name for name in fields if not _fits(name, fields[name])), None)
@@ -118,8 +121,8 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, dict)
     if name in _NUMBERS:
         return type(value) in (int, float) and value >= 0 and (name != "us" or 0 < value < 1e12)
-    if name == "rows":
-        return type(value) is int and value > 0
+    if name in ("rows", "bytes", "operations"):
+        return type(value) is int and value >= (name == "rows")
     if name == "spread_us":
         return isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     if name == "failure" and value not in ("", *FAILURES):

@@ -67,15 +67,11 @@ class CpuDevice:
         return sample
 
     def state(self) -> tuple[float | None, float | None]:
-        return None, None
+        """Of the first core, where Linux tells."""
+        match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return float(match.group(1)) if match else None, None
 
 
 @cache
 def _load(library: str) -> Any:
     return load_runtime().load_module(library)
-
-
-def clock_mhz() -> float | None:
-    """Of the first core, where Linux tells."""
-    match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return float(match.group(1)) if match else None
