@@ -3,7 +3,7 @@
 | variable | value | default | meaning |
 |---|---|---|---|
 | TILEWRIGHT_CACHE_DIR | a directory | $XDG_CACHE_HOME/tilewright, else ~/.cache/tilewright | what later runs use |
-| TILEWRIGHT_TUNING_LOGS | a directory | tuning_logs of the installation | records of tiles: tune writes, compile reads |
+| TILEWRIGHT_TUNING_LOGS | a directory | tuning_logs of the installation | what `tune` found out |
 | TILEWRIGHT_THREADS | 1 to 1024 | the cores this process may use | threads a model computes with |
 | TILEWRIGHT_JOBS | 1 to 1024 | the cores this process may use | kernels compiled at the same time |
 | TILEWRIGHT_DEBUG | 0 or 1 | 0 | a traceback for an error inside tilewright |

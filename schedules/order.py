@@ -32,7 +32,7 @@ from tilewright.schedules.cuda.paged_attention_mma import PagedAttentionMma as C
 from tilewright.schedules.cuda.qkv_append import QKVAppend as CudaQKVAppend
 from tilewright.schedules.cuda.rms_norm import RMSNorm as CudaRMSNorm
 from tilewright.schedules.cuda.sample import Sample as CudaSample
-from tilewright.schedules.records import Known, Record
+from tilewright.schedules.records import NOTHING_KNOWN, Known, Record
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Chooser:
     """
 
     target: Target
-    known: Known = Known()
+    known: Known = NOTHING_KNOWN
     order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
     def __call__(self, call: Call) -> Choice | None:
@@ -147,7 +147,8 @@ def parts_of(schedule: Schedule, call: Call, target: Target) -> list[Call]:
 def _tell_stale(record: Record) -> None:
     """Once a process."""
     logger.warning(
-        "tuning record %s is of another space of tiles than today's: not used; tilewright tune measures anew", record.place
+        "tuning record %s is of another space of tiles than today's: not used; tilewright tune measures anew",
+        record.place,
     )
 
 

@@ -35,9 +35,11 @@ class UnreadableRecord(Exception):
 class Record:
     """One candidate measured once, or more than once and the last time counts.
 
-    target, facts, tile: canonical text (`target_text`, `text_of`). rows: that the call had. space: `space_hash`.
+    target, facts, tile: canonical text (`target_text`, `text_of`). rows: that the call had. space: `space_hash`. trial:
+    which of its task's candidates it was; the first is the default tile.
     bytes, operations: that a call can't do without. us: median microseconds of a call, None where it failed; spread_us:
-    the middle half of the samples. of_floor: the floor over `us`, None where the device's ceilings are not known. failure: one of FAILURES, or "". date: UTC, to the second. place: file and line it was read from.
+    the middle half of the samples. of_floor: the floor over `us`, None where the device's ceilings are not known.
+    failure: one of FAILURES, or "". date: UTC, to the second. place: file and line it was read from.
     """
 
     device: str
@@ -47,6 +49,7 @@ class Record:
     rows: int
     space: str
     tile: str
+    trial: int = 1
     bytes: int = 0
     operations: int = 0
     us: float | None = None
@@ -88,6 +91,7 @@ class Record:
 _NESTED = ("facts", "tile", "versions")  # JSON in JSON: objects in the file, canonical text in a Record
 _REQUIRED = {"device", "target", "schedule", "facts", "rows", "space", "tile"}
 _NUMBERS = ("us", "of_floor", "clock_mhz", "temperature_c")
+_COUNTS = ("rows", "trial", "bytes", "operations")
 _TEXTS = ("device", "target", "schedule", "space", "failure", "detail", "driver", "date")
 
 
@@ -121,8 +125,8 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, dict)
     if name in _NUMBERS:
         return type(value) in (int, float) and value >= 0 and (name != "us" or 0 < value < 1e12)
-    if name in ("rows", "bytes", "operations"):
-        return type(value) is int and value >= (name == "rows")
+    if name in _COUNTS:
+        return type(value) is int and value >= (name in ("rows", "trial"))
     if name == "spread_us":
         return isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     if name == "failure" and value not in ("", *FAILURES):
@@ -162,10 +166,13 @@ class Known:
             found.setdefault((record.schedule, record.facts), []).append(record)
         return found
 
+    def _of(self, schedule: str, facts: Any) -> Sequence[Record]:
+        return self._by_facts.get((schedule, text_of(facts)), ()) if self.records else ()
+
     def best(self, schedule: str, facts: Any, rows: int, space: Sequence[Any]) -> tuple[Any, Record] | None:
         """The fastest tile of a space that was measured, and its record; None where none was. Records for other
         numbers of rows than `rows` count where facts don't tell these apart: those for the nearest number."""
-        records = self._by_facts.get((schedule, text_of(facts)), ())
+        records = self._of(schedule, facts)
         if not records:
             return None
         current, tiles = space_hash(space), {text_of(tile): tile for tile in space}
@@ -178,7 +185,7 @@ class Known:
 
     def stale(self, schedule: str, facts: Any, space: Sequence[Any]) -> list[Record]:
         """The records of facts that are of another space than today's."""
-        records = self._by_facts.get((schedule, text_of(facts)), ())
+        records = self._of(schedule, facts)
         current = space_hash(space) if records else ""
         return [r for r in records if r.space != current]
 
@@ -186,6 +193,9 @@ class Known:
     def digest(self) -> str:
         """Of all that a compile takes from them."""
         return hashlib.sha256("\n".join(record.line() for record in self.records).encode()).hexdigest()[:16]
+
+
+NOTHING_KNOWN = Known()
 
 
 def read_file(file: Path) -> tuple[list[Record], list[str], list[str]]:

@@ -55,7 +55,8 @@ class PlainSweep:
 
 
 def _live(state: "State") -> Group:
-    return Group(Text(_line(state)), Text(f"running  {state.running}", style="dim", no_wrap=True), _table(state, _MOST_ROWS))
+    running = Text(f"running  {state.running}", style="dim", no_wrap=True)
+    return Group(Text(_line(state)), running, _table(state, _MOST_ROWS))
 
 
 def _line(state: "State") -> str:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tilewright.schedules.records import Record
-    from tilewright.tuner.bundle import Bundled
     from tilewright.tuner.measuring import Measurer
     from tilewright.tuner.sweep import Budget, Provenance, State
     from tilewright.tuner.tasks import Task
@@ -78,7 +77,7 @@ def check_measurable(target: Target) -> None:
     if obstacle:
         reason = obstacle.partition(";")[0]
         raise TargetError(
-            f"tuning for {target.name} measures on it, and {reason}; run this there, or make a bundle for it with --export"
+            f"tuning for {target.name} measures on it, and {reason}; run this there, or make a bundle with --export"
         )
 
 
@@ -129,8 +128,8 @@ def measurer(kind: str) -> "Iterator[Measurer]":
 def sweep(
     found: Plan, logs: Path, budget: "Budget", until: float, observe: "Callable[[State], None]"
 ) -> "tuple[State, list[str]]":
-    """Tunes the tasks and leaves records in `logs`. Returns where it ended, and what is wrong with lines of the log that
-    are no records. Raises UserError: of the machine, or the log folder."""
+    """Tunes the tasks and leaves records in `logs`. Returns where it ended, and what is wrong with lines of the log
+    that are no records. Raises UserError: of the machine, or the log folder."""
     from tilewright.tuner.candidates import Compilers
     from tilewright.tuner.log import Log, locked
     from tilewright.tuner.search import ModelSearch
@@ -145,9 +144,7 @@ def sweep(
         search = ModelSearch([*log.records, *other_devices(logs, by.device)])
         try:
             with measurer(kind) as measuring:
-                run = Sweep(
-                    found.tasks, log, compilers, measuring, search, by, budget, until, kind == "cuda", observe
-                )
+                run = Sweep(found.tasks, log, compilers, measuring, search, by, budget, until, kind == "cuda", observe)
                 return run.run(), log.problems
         finally:
             compilers.close()
@@ -175,7 +172,7 @@ def records_of(found: Plan, logs: Path) -> "tuple[Sequence[Record], list[str]]":
 def export(
     found: Plan, file: Path, logs: Path, trials: int | None, done: Callable[[int, int], None]
 ) -> tuple[int, int]:
-    """A bundle of the tasks' candidates, compiled here. Returns how many candidates it has and how many did not compile."""
+    """A bundle of the tasks' candidates, compiled here. Returns how many it has and how many did not compile."""
     from tilewright.tuner import bundle
     from tilewright.tuner.candidates import Compilers
     from tilewright.tuner.search import ModelSearch
@@ -209,4 +206,3 @@ def present(found: Plan, records: "Sequence[Record]") -> "dict[Any, float]":
     from tilewright.tuner.sweep import present_us
 
     return dict(present_us(found.tasks, records))
-

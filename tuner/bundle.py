@@ -78,8 +78,9 @@ def export(
     blank = Provenance("", "", versions)
     entries = []
     for task in tasks:
-        tiles = {text: compiled[task.key, text] for text in map(text_of, chosen[task.key]) if (task.key, text) in compiled}
-        if text_of(task.space[0]) in tiles:
+        texts = [text_of(tile) for tile in chosen[task.key]]
+        tiles = {text: compiled[task.key, text] for text in texts if (task.key, text) in compiled}
+        if task.default_text in tiles:
             entries.append(Bundled(task.problem, template(task, blank), known_floor_us(task), tiles))
     _write(file, target, entries)
     return sum(len(entry.tiles) for entry in entries), len(futures) - len(compiled)
@@ -152,7 +153,7 @@ def opened(file: Path) -> Iterator[tuple[str, list[Bundled]]]:
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError):
             raise UserError(f"{file} is no bundle of tuning tasks; make one with tilewright tune --export") from None
         if version != VERSION:
-            raise UserError(f"{file} is a bundle of version {version}, and this tilewright reads {VERSION}; export it anew")
+            raise UserError(f"{file} has version {version!r}, and this tilewright reads {VERSION}; export it anew")
         here = find_target(contents["target"])
         obstacle = run_obstacle(here)
         if obstacle is None and target_text(here) != contents["machine"]:
@@ -194,11 +195,11 @@ def measure(
             for task in tasks:
                 blank = replace(task.blank, device=by.device, driver=by.driver)
                 default = next(iter(task.tiles.values()))
-                for tile, candidate in task.tiles.items():
+                for trial, (tile, candidate) in enumerate(task.tiles.items(), 1):
                     if (*blank.task, tile) in known:
                         continue
                     outcome = measurer.measure(task.problem, default, candidate)
-                    record = finished(blank, tile, outcome, task.floor_us, now())
+                    record = finished(replace(blank, trial=trial), tile, outcome, task.floor_us, now())
                     lines.write(record.line() + "\n")
                     lines.flush()
                     found.append(record)

@@ -122,9 +122,7 @@ def compile_lowering(lowering: Lowering, target: Target) -> Candidate:
     if not library.exists():
         _write_aside(library, lambda file: link_kernels(objects, file))
     parts = tuple(str(device_part(file)) for file in objects if device_part(file).exists())
-    launches = tuple(
-        Launch(n, k.inputs, k.outputs, k.shared) for n, k in zip(names, lowering.kernels, strict=True)
-    )
+    launches = tuple(Launch(n, k.inputs, k.outputs, k.shared) for n, k in zip(names, lowering.kernels, strict=True))
     return Candidate(str(library), parts, launches, lowering.results)
 
 

@@ -13,7 +13,9 @@ from tilewright.schedules.records import Record
 _SM_THREADS = 2048  # that are resident on a multiprocessor
 
 
-def features(tile: Any, facts: Mapping[str, Any], rows: int, size: int, operations: int, target: Target) -> dict[str, float]:
+def features(
+    tile: Any, facts: Mapping[str, Any], rows: int, size: int, operations: int, target: Target
+) -> dict[str, float]:
     """tile: a tile, or its fields where its class is not known. size, operations: a call's floor."""
     found = dict(_numbers("tile", tile))
     found |= dict(_numbers("facts", facts))
@@ -57,7 +59,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _numbers(f"{name}.{key}", inner)
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for key in (*(f.name for f in dataclasses.fields(value)), *_properties(type(value))):
             yield from _numbers(f"{name}.{key}", getattr(value, key))
 

@@ -96,9 +96,8 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def merge(sources: Iterable[Path], logs: Path) -> tuple[int, int, list[str]]:
-    """Takes the records of files, and of other log folders, into a log folder. Of two of one candidate the later counts.
-
-    Returns how many records were read, how many of them count now, and what is wrong with the lines that are none.
+    """Takes the records of files, and of other log folders, into a log folder. Of two of one candidate the later one
+    counts. Returns how many were read, how many of them count now, and what is wrong with the lines that are none.
     Raises LogError, and UserError for a source that is not there.
     """
     files = [file for source in sources for file in _files(source)]

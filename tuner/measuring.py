@@ -161,7 +161,8 @@ class _Bench:
         self.problem = problem
         self._device = device
         self._arguments = problem.arguments()
-        self._copies = [self._copy(i) for i in range(self._count())]
+        first = [device.upload(a) if isinstance(a, np.ndarray) else a for a in self._arguments]
+        self._copies = [first, *(self._copy(first, i) for i in range(1, self._count()))]
         self._outputs: dict[tuple[Output, int], Any] = {}
         self._expected: list[np.ndarray] | None = None
 
@@ -171,14 +172,11 @@ class _Bench:
         size = sum(a.nbytes for a in self._arguments if isinstance(a, np.ndarray))
         return max(2, min(MOST_COPIES, -(-self._device.spread_bytes // size)))
 
-    def _copy(self, index: int) -> list[Any]:
-        """The arguments on the device: another layer of the same pages, or all of them once more."""
-        if index and self.problem.layer_argument is not None:
-            return with_layer(self._copies_so_far[0], self.problem, index)
-        held = [self._device.upload(a) if isinstance(a, np.ndarray) else a for a in self._arguments]
-        if not index:
-            self._copies_so_far = [held]
-        return held
+    def _copy(self, first: Sequence[Any], index: int) -> list[Any]:
+        """The arguments on the device once more: another layer of the same pages, or all of them."""
+        if self.problem.layer_argument is not None:
+            return with_layer(first, self.problem, index)
+        return [self._device.upload(a) if isinstance(a, np.ndarray) else a for a in self._arguments]
 
     def measure(self, default: Candidate, candidate: Candidate) -> Timing:
         if self._expected is None:
@@ -187,7 +185,7 @@ class _Bench:
         if candidate != default:
             results = self._checked(candidate, functions)
             for index in self.problem.settled:
-                if results[index].tobytes() != self._expected[index].tobytes():
+                if not np.array_equal(_bits(results[index]), _bits(self._expected[index])):
                     raise Wrong("gives other bits than the default tile")
         return self._timed(candidate, functions)
 
@@ -210,7 +208,7 @@ class _Bench:
                 self._device.refill(self._output(output, 0), self._poisoned(output))
         for result in candidate.results:
             if isinstance(result, int):
-                self._device.refill(self._copies[0][result], self._arguments[result])
+                self._device.refill(self._copies[0][result], np.asarray(self._arguments[result]))
 
     def _poisoned(self, output: Output) -> np.ndarray:
         dtype = numpy_dtype(output.dtype)
@@ -231,7 +229,8 @@ class _Bench:
 
     def _calls(self, candidate: Candidate, functions: Mapping[str, Any], copy: int) -> tuple[Any, Any]:
         """What a step does once, and the call itself, as functions."""
-        shared, own = [], []
+        shared: list[tuple[Any, list[Any]]] = []
+        own: list[tuple[Any, list[Any]]] = []
         made: dict[str, Any] = {}
         for launch in candidate.launches:
             made |= {o.name: self._output(o, copy) for o in launch.outputs}
@@ -249,6 +248,10 @@ class _Bench:
         if drifted:  # the machine was busy, or its clock changed
             timing, _ = _sampled(sample, self._device)
         return timing
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _runner(calls: Sequence[tuple[Any, list[Any]]]) -> Callable[[], None]:

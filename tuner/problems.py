@@ -276,7 +276,8 @@ class _Linear(_Composite):
         bias = rest.pop(0) if spec.bias else None
         y = self._product(x, arguments[1], bias, columns)
         if spec.gate:
-            y = _gated(spec.gate, np.concatenate([y, self._product(x, arguments[1], bias, columns + spec.out_features // 2)], axis=-1))
+            up = self._product(x, arguments[1], bias, columns + spec.out_features // 2)
+            y = _gated(spec.gate, np.concatenate([y, up], axis=-1))
         if spec.residual:
             y = y + rest.pop(0)[rows][:, columns].astype(np.float32)
         return [Compared("y", results[0][rows][:, columns], y, self.close)]
@@ -497,9 +498,9 @@ class _Sample(_Composite):
         logits = arguments[0][::2].astype(np.float64)
         peak = logits.max(1, keepdims=True)
         expected = -np.log(np.exp(logits - peak).sum(1))
-        said = results[0][::2]
-        in_range = (said >= 0) & (said < self.spec.vocab)
-        chosen = np.where(in_range, np.take_along_axis(logits, np.clip(said, 0, self.spec.vocab - 1)[:, None], 1)[:, 0], np.nan)
+        said, last = results[0][::2], self.spec.vocab - 1
+        theirs = np.take_along_axis(logits, np.clip(said, 0, last)[:, None], 1)[:, 0]
+        chosen = np.where((said >= 0) & (said <= last), theirs, np.nan)
         return [
             Compared("the greedy choice", chosen, peak[:, 0], 0.0),
             Compared("its log-probability", results[1][::2], expected, 1e-4),

@@ -41,7 +41,7 @@ class Worker:
         self._module = module
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  as long as this object
 
     def ask(self, request: Any, limit_s: float) -> Any:
         """The answer. Raises Hung or Ended; the next request then goes to a new process."""
@@ -49,7 +49,12 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         late = threading.Event()
-        timer = threading.Timer(limit_s, lambda: (late.set(), _end(process)))
+
+        def too_late() -> None:
+            late.set()
+            _end(process)
+
+        timer = threading.Timer(limit_s, too_late)
         timer.daemon = True
         timer.start()
         try:

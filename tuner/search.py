@@ -1,8 +1,8 @@
 """Which tiles of a task to try next: the default, what was best nearby, then what a cost model expects most of.
 
 Proposals are children of the best tiles so far (one or two fields changed, or the fields of two of them mixed), and
-tiles drawn at random; a gradient-boosted model of all records of the schedule ranks them. Chen and Guestrin 2016 for the
-model; the loop is that of learned schedule search since AutoTVM (Chen et al. 2018) and Ansor (Zheng et al. 2020).
+tiles drawn at random; a gradient-boosted model of all records of the schedule ranks them (Chen and Guestrin 2016). The
+loop is that of learned schedule search since AutoTVM (Chen et al. 2018) and Ansor (Zheng et al. 2020).
 """
 
 import json
@@ -29,7 +29,10 @@ class Search(Protocol):
     """What the sweep asks of a way to search."""
 
     def propose(self, task: Task, measured: Mapping[str, Record], taken: Collection[str], count: int) -> list[Any]:
-        """Up to so many tiles of the task's space whose text is not in `taken`. measured: records by the tile's text."""
+        """Up to so many tiles of the task's space whose text is not in `taken`. measured: records by a tile's text."""
+
+    def learn(self, record: Record) -> None:
+        """What a candidate of any task came to."""
 
 
 class RandomSearch:
@@ -44,6 +47,9 @@ class RandomSearch:
             return left[:1]
         return self._random.sample(left, min(count, len(left)))
 
+    def learn(self, record: Record) -> None:
+        pass
+
 
 class ModelSearch:
     """Ranks by an XGBoost model. others: records of any task and device, to start from."""
@@ -55,7 +61,6 @@ class ModelSearch:
         self._seed = seed
 
     def learn(self, record: Record) -> None:
-        """A record of this sweep: it tells of other tasks too."""
         if record.of_floor or record.failure:
             self._others.append(record)
 
@@ -86,9 +91,10 @@ class ModelSearch:
         best: dict[tuple[Any, ...], Record] = {}
         for record in self._others:
             if record.schedule == task.schedule.name and record.us is not None:
-                known = best.get((record.device, *record.task))
+                place = (record.device, *record.task)
+                known = best.get(place)
                 if known is None or record.us < (known.us or math.inf):
-                    best[record.device, *record.task] = record
+                    best[place] = record
         facts = _flat(task.facts_text) | {"rows": task.rows}
         near = sorted(best.values(), key=lambda r: _apart(facts, _flat(r.facts) | {"rows": r.rows}))
         tiles = [_flat(record.tile) for record in near[:_NEIGHBOURS]]
@@ -132,11 +138,9 @@ class ModelSearch:
         _, values = matrix([row for row, _, _ in examples] + rows)
         known = np.array(values[: len(examples)])
         labels, weights = (np.array([example[i] for example in examples]) for i in (1, 2))
-        model = xgboost.XGBRegressor(
-            n_estimators=60, max_depth=5, learning_rate=0.2, subsample=0.9, n_jobs=1, random_state=self._seed
-        )
-        model.fit(known, labels, sample_weight=weights)
-        scores = model.predict(np.array(values[len(examples) :]))
+        settings = {"max_depth": 5, "eta": 0.2, "subsample": 0.9, "nthread": 1, "seed": self._seed}
+        model = xgboost.train(settings, xgboost.DMatrix(known, labels, weight=weights), num_boost_round=60)
+        scores = model.predict(xgboost.DMatrix(np.array(values[len(examples) :])))
         return [text for _, text in sorted(zip(-scores, proposals, strict=True), key=lambda pair: (pair[0], pair[1]))]
 
     def _examples(
@@ -150,8 +154,7 @@ class ModelSearch:
                 examples.append((self._features(task, space[text], places[text]), label, _OWN_WEIGHT))
         classes = {type(tile).__name__: type(tile) for tile in space.values()}
         for record in self._others:
-            other = record.schedule == task.schedule.name and (record.facts, record.rows) != (task.facts_text, task.rows)
-            if other:
+            if record.schedule == task.schedule.name and (record.facts, record.rows) != task.key[1:]:
                 label = math.log(record.of_floor) if record.of_floor else _FAILED
                 examples.append((record_features(record, classes, task.target), label, 1.0))
         return examples
@@ -167,7 +170,7 @@ def check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("xgboost") is None:
-        raise TargetError("tuning ranks candidates with xgboost, which is not installed; pip install 'tilewright[tune]'")
+        raise TargetError("tuning ranks candidates by xgboost, which is not installed; pip install 'tilewright[tune]'")
 
 
 def _flat(text: str) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from tilewright.schedules.records import Record, target_text, text_of
 from tilewright.tuner.candidates import Candidate, Compilers, Failure
 from tilewright.tuner.log import Log
 from tilewright.tuner.measuring import Measurer, Timing
-from tilewright.tuner.search import ModelSearch, Search
+from tilewright.tuner.search import Search
 from tilewright.tuner.tasks import Key, Task
 
 BATCH = 8
+_SEARCHED = 0.9  # of the time; the rest is for measuring the winners once more
 # A time under the floor says that data lie in a cache: then the floor is none, and says nothing of when to stop.
 _NO_FLOOR = 1.05
 
@@ -43,36 +44,41 @@ class Provenance:
 
 @dataclass
 class Progress:
-    """Where a task stands. default_us: the default tile's time. failures: by kind. last_gain: of the last batch, a part
-    of the time before it."""
+    """Where a task stands. last_gain: of the last batch, a part of the time before it. confirmed: the tile that was the
+    best and has been measured once more."""
 
     task: Task
     measured: dict[str, Record] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
-    default_us: float | None = None
-    best: Record | None = None
-    failures: Counter[str] = field(default_factory=Counter)
     batches: int = 0
     last_gain: float = 1.0
+    confirmed: str = ""
     done: str = ""  # why nothing more is tried
+
+    @property
+    def best(self) -> Record | None:
+        return min((r for r in self.measured.values() if r.us is not None), key=lambda r: r.us or 0.0, default=None)
+
+    @property
+    def default(self) -> Record | None:
+        return self.measured.get(self.task.default_text)
+
+    @property
+    def default_us(self) -> float | None:
+        return self.default.us if self.default else None
+
+    @property
+    def best_us(self) -> float | None:
+        return self.best.us if self.best else None
 
     @property
     def fraction(self) -> float | None:
         return self.best.of_floor if self.best else None
 
     @property
-    def best_us(self) -> float | None:
-        return self.best.us if self.best else None
-
-    def take(self, record: Record, default: str) -> None:
-        self.measured[record.tile] = record
-        if record.us is None:
-            self.failures[record.failure] += 1
-            return
-        if record.tile == default:
-            self.default_us = record.us
-        if self.best is None or record.us < (self.best.us or 0.0):
-            self.best = record
+    def failures(self) -> Counter[str]:
+        """By kind."""
+        return Counter(record.failure for record in self.measured.values() if record.failure)
 
 
 @dataclass
@@ -116,7 +122,7 @@ class State:
 
     @property
     def gain(self) -> float:
-        """The part of the time of measured tasks, weighted by the workload, that the best tiles save over the defaults."""
+        """The part of measured tasks' time, weighted by the workload, that the best tiles save over the defaults."""
         known = [p for p in self.tasks if p.default_us and p.best_us]
         before = sum(_time_us(p, p.default_us or 0.0) for p in known)
         return 1 - sum(_time_us(p, p.best_us or 0.0) for p in known) / before if before else 0.0
@@ -160,7 +166,7 @@ class Sweep:
             progress = by_key.get((record.schedule, record.facts, record.rows))
             task = progress.task if progress else None
             if progress and task and record.space == task.space_hash and record.target == target_text(task.target):
-                progress.take(record, text_of(task.space[0]))
+                progress.measured[record.tile] = record
                 progress.asked.add(record.tile)
         for progress in self.state.tasks:
             self._settle(progress)
@@ -168,7 +174,7 @@ class Sweep:
     def run(self) -> State:
         """Until the budget is spent or nothing is left to try. What was measured is in the log, whatever ends it."""
         self.observe(self.state)
-        while not self._spent():
+        while not self._spent(_SEARCHED):
             self._fill()
             if not self._queue:
                 break
@@ -177,13 +183,15 @@ class Sweep:
                 self._try(progress, tile, future)
         for *_, future in self._queue:
             future.cancel()
+        self._confirm()
         self.state.running = ""
         self.observe(self.state)
         return self.state
 
-    def _spent(self) -> bool:
+    def _spent(self, part: float) -> bool:
+        """Whether that part of the time, or all trials, are gone."""
         seconds, trials = self.budget.seconds, self.budget.trials
-        late = seconds is not None and self.state.elapsed_s >= seconds
+        late = seconds is not None and self.state.elapsed_s >= part * seconds
         return late or (trials is not None and self.state.trials >= trials)
 
     # ---- what is next ------------------------------------------------------------------------------------------------
@@ -235,6 +243,18 @@ class Sweep:
     # ---- one candidate -----------------------------------------------------------------------------------------------
 
     def _try(self, progress: Progress, tile: Any, future: "Future[Candidate | Failure]") -> None:
+        """Measures a candidate that has not been measured."""
+        before = progress.best_us
+        self._measure(progress, tile, future)
+        now = progress.best_us
+        if before and now and now < before:
+            progress.last_gain = max(progress.last_gain, 1 - now / before)
+        self.state.trials += 1
+        self._settle(progress)
+        self.observe(self.state)
+
+    def _measure(self, progress: Progress, tile: Any, future: "Future[Candidate | Failure]") -> None:
+        """Leaves a record of a candidate."""
         task = progress.task
         self.state.running = f"{task.name}: {tile}"
         self.observe(self.state)
@@ -245,26 +265,29 @@ class Sweep:
         elif isinstance(outcome, Candidate):
             outcome = self.measurer.measure(task.problem, default, outcome)
         assert not isinstance(outcome, Candidate)
-        blank = template(task, self.provenance)
-        record = finished(blank, text_of(tile), outcome, known_floor_us(task), now())
+        text = text_of(tile)
+        known = progress.measured.get(text)
+        blank = replace(template(task, self.provenance), trial=known.trial if known else len(progress.measured) + 1)
+        record = finished(blank, text, outcome, known_floor_us(task), now())
         self.log.add([record])
-        self._note(progress, record)
-        self.state.trials += 1
-        self.observe(self.state)
+        self.search.learn(record)
+        progress.measured[record.tile] = record
 
-    def _note(self, progress: Progress, record: Record) -> None:
-        before = progress.best_us
-        progress.take(record, text_of(progress.task.space[0]))
-        now = progress.best_us
-        if before and now and now < before:
-            progress.last_gain = max(progress.last_gain, 1 - now / before)
-        if isinstance(self.search, ModelSearch):
-            self.search.learn(record)
-        self._settle(progress)
+    def _confirm(self) -> None:
+        """Measures the default and the best of each task once more, one after the other: the best of many is in part
+        the luckiest, and a machine changes during a sweep."""
+        for progress in self.state.tasks:
+            tiles = {text_of(tile): tile for tile in progress.task.space}
+            while progress.best and progress.confirmed != progress.best.tile != progress.task.default_text:
+                if self.budget.seconds is not None and self.state.elapsed_s >= self.budget.seconds:
+                    return
+                progress.confirmed = progress.best.tile
+                for tile in (progress.task.space[0], tiles[progress.best.tile]):
+                    self._measure(progress, tile, self._compiled(progress.task, tile))
 
     def _settle(self, progress: Progress) -> None:
         """Ends a task where there is nothing more to win, or nothing to go by."""
-        default = progress.measured.get(text_of(progress.task.space[0]))
+        default = progress.default
         if default is not None and default.us is None:
             progress.done = f"the default tile failed ({default.failure}: {default.detail})"
         elif len(progress.measured) >= len(progress.task.space):

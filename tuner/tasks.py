@@ -25,8 +25,8 @@ Key = tuple[str, str, int]  # schedule, facts as text, rows
 @dataclass(frozen=True)
 class Task:
     """A choice of tile that a compile makes. call: with as many rows as it is made for. calls: how often a workload's
-    average step makes it, load_us: the floor of these calls, with as many rows as the workload's steps have. why_not: why
-    it can't be measured, "" where it can."""
+    average step makes it, load_us: the floor of these calls, with as many rows as the workload's steps have. why_not:
+    why it can't be measured, "" where it can."""
 
     schedule: Schedule
     facts: Any
@@ -55,6 +55,11 @@ class Task:
     @cached_property
     def space_hash(self) -> str:
         return space_hash(self.space)
+
+    @cached_property
+    def default_text(self) -> str:
+        """The tile that is taken where nothing is known."""
+        return text_of(self.space[0])
 
     @cached_property
     def problem(self) -> Problem:

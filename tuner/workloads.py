@@ -56,9 +56,8 @@ def _read(file: Path, max_batch: int, max_tokens: int) -> tuple[Step, ...]:
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         steps = []
     if not steps:
-        raise UserError(
-            f"{file} is no workload for steps of up to {max_batch} sequences and {max_tokens} tokens; write steps as {example}"
-        )
+        limits = f"up to {max_batch} sequences and {max_tokens} tokens"
+        raise UserError(f"{file} is no workload of steps of {limits}; write them as {example}")
     return tuple(steps)
 
 

@@ -66,7 +66,8 @@ def run(
     folder = logs or env.tuning_logs()
     given = [name for name, value in (("MODEL", model), ("--measure", measure), ("--import", import_)) if value]
     if len(given) != 1:
-        raise UserError(f"tune takes one of MODEL, --measure and --import, and was given {' and '.join(given) or 'none'}")
+        found = " and ".join(given) or "none"
+        raise UserError(f"tune takes one of MODEL, --measure and --import, and was given {found}")
     if measure is not None:
         _measure(measure)
         return
@@ -80,13 +81,13 @@ def run(
     if not list_ and export is None:
         tuning.check_measurable(options.target)
     with compile_progress() as report:
-        found = tuning.plan(model, options, workload, report)
+        plan = tuning.plan(model, options, workload, report)
     if list_:
-        _list(found, folder)
+        _list(plan, folder)
     elif export is not None:
-        _export(found, export, folder, trials)
+        _export(plan, export, folder, trials)
     else:
-        _sweep(found, folder, seconds, trials, until)
+        _sweep(plan, folder, seconds, trials, until)
 
 
 def _check(trials: int | None, until: float) -> None:
@@ -129,7 +130,8 @@ def _export(found: Any, file: Path, logs: Path, trials: int | None) -> None:
             found, file, logs, trials, lambda done, total: report(Progress("kernels", done, total))
         )
     print(file)
-    console.note(f"{count} candidates of {len(found.tasks)} tasks, {failed} did not compile; measure them with --measure {file}")
+    made = f"{count} candidates of {len(found.tasks)} tasks, {failed} did not compile"
+    console.note(f"{made}; measure them with tilewright tune --measure {file}")
 
 
 def _measure(file: Path) -> None:
@@ -166,7 +168,7 @@ def _merge(sources: list[Path], logs: Path) -> None:
 @app.command("report")
 def report(
     logs: Annotated[Path | None, _LOGS] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page.")] = Path("tuning.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("tuning.html"),
 ) -> None:
     """Write what the records say as a page: each task's way to its best tile, and a roofline."""
     from tilewright.compiler import env
