@@ -61,6 +61,9 @@ def export(
 ) -> tuple[int, int]:
     """Compiles candidates and writes the bundle. trials: of all tasks together. done(compiled, all) is called as they
     are ready. Returns how many candidates it holds and how many did not compile."""
+    with _writing(file):  # said before anything is compiled
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
     each = PER_TASK if trials is None else max(1, trials // max(1, len(tasks)))
     chosen = {task.key: _chosen(task, search, each) for task in tasks}
     futures = {
@@ -124,16 +127,22 @@ def _write(file: Path, target: Target, entries: Sequence[Bundled]) -> None:
     contents = json.dumps({"version": VERSION, **made_for, "tasks": tasks}).encode()
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(aside, "w") as tar:
+        with _writing(file), tarfile.open(aside, "w") as tar:
             about = tarfile.TarInfo(_CONTENTS)
             about.size = len(contents)
             tar.addfile(about, io.BytesIO(contents))
             for name, path in sorted(files.items()):
                 tar.add(path, name)
         aside.replace(file)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror}); make room, or name another place") from None
 
 
@@ -190,24 +199,21 @@ def measure(
     """Measures what `output` has no record of yet, and adds a record a line to it. Returns how many there are then."""
     found = _read(output)
     known = {(*r.task, r.tile) for r in found if r.device == by.device}
-    try:
-        with output.open("a") as lines:
-            for task in tasks:
-                blank = replace(task.blank, device=by.device, driver=by.driver)
-                default = next(iter(task.tiles.values()))
-                for trial, (tile, candidate) in enumerate(task.tiles.items(), 1):
-                    if (*blank.task, tile) in known:
-                        continue
-                    outcome = measurer.measure(task.problem, default, candidate)
-                    record = finished(replace(blank, trial=trial), tile, outcome, task.floor_us, now())
-                    lines.write(record.line() + "\n")
-                    lines.flush()
-                    found.append(record)
-                    done(record)
-                    if candidate is default and isinstance(outcome, Failure):
-                        break  # nothing to hold the others to
-    except OSError as error:
-        raise UserError(f"{output} can't be written ({error.strerror}); make room, or name another place") from None
+    with _writing(output), output.open("a") as lines:
+        for task in tasks:
+            blank = replace(task.blank, device=by.device, driver=by.driver)
+            default = next(iter(task.tiles.values()))
+            for trial, (tile, candidate) in enumerate(task.tiles.items(), 1):
+                if (*blank.task, tile) in known:
+                    continue
+                outcome = measurer.measure(task.problem, default, candidate)
+                record = finished(replace(blank, trial=trial), tile, outcome, task.floor_us, now())
+                lines.write(record.line() + "\n")
+                lines.flush()
+                found.append(record)
+                done(record)
+                if candidate is default and isinstance(outcome, Failure):
+                    break  # nothing to hold the others to
     return len(found)
 
 

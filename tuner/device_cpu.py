@@ -28,6 +28,7 @@ class CpuDevice:
     """Kernels run on as many threads as the environment says, each on a core of its own."""
 
     spread_bytes = 32 << 20  # above second-level caches; a model's weights lie in the third, or behind it
+    most_copies = 64
 
     def __init__(self) -> None:
         host.features()  # asks for what kernels may use

@@ -34,6 +34,7 @@ class CudaDevice:
     """One context, one stream. Any error of a kernel comes out of whatever call follows it."""
 
     spread_bytes = 200 << 20  # several times the second-level cache
+    most_copies = 512
 
     def __init__(self) -> None:
         self._cuda, self._ffi = load_cudart(), load_cuda_runtime()

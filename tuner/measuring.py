@@ -20,7 +20,6 @@ from tilewright.tuner.problems import Problem, numpy_dtype, with_layer
 from tilewright.tuner.process import Ended, Hung, Worker, serve
 
 LIMIT_S = 60.0  # for one candidate, its check included
-MOST_COPIES = 64
 LEAST_SAMPLES, MOST_SAMPLES = 7, 28
 STEADY = 0.02  # of the median, that the middle half of the samples may span
 DRIFT = 0.03  # of the median, between the two halves of the samples, or of the clock
@@ -50,7 +49,8 @@ class Timing:
 class Device(Protocol):
     """What measuring needs of a processor or GPU. Held arrays are the device's own kind of thing."""
 
-    spread_bytes: int
+    spread_bytes: int  # of arguments that calls take in turn
+    most_copies: int
 
     def upload(self, array: np.ndarray) -> Any:
         """An array on the device, as kernels take it."""
@@ -168,9 +168,9 @@ class _Bench:
 
     def _count(self) -> int:
         if self.problem.layer_argument is not None:
-            return min(self.problem.layers, MOST_COPIES)
+            return min(self.problem.layers, self._device.most_copies)
         size = sum(a.nbytes for a in self._arguments if isinstance(a, np.ndarray))
-        return max(2, min(MOST_COPIES, -(-self._device.spread_bytes // size)))
+        return max(2, min(self._device.most_copies, -(-self._device.spread_bytes // size)))
 
     def _copy(self, first: Sequence[Any], index: int) -> list[Any]:
         """The arguments on the device once more: another layer of the same pages, or all of them."""
@@ -278,7 +278,7 @@ def _sampled(sample: Callable[[], float], device: Device) -> tuple[Timing, bool]
     low, median, high = statistics.quantiles(samples, n=4)
     half = len(samples) // 2
     moved = abs(statistics.median(samples[:half]) - statistics.median(samples[half:])) > DRIFT * median
-    throttled = bool(before and clock and abs(clock - before) > DRIFT * before and device.spread_bytes > 0)
+    throttled = bool(before and clock and abs(clock - before) > DRIFT * before)
     rounded = Timing(round(median, 4), (round(low, 4), round(high, 4)), clock, temperature)
     return rounded, moved or throttled
 

@@ -53,7 +53,7 @@ class Planted(Schedule):
         if tile.fault == "compile":
             raise RuntimeError("planted")
         func = {"crash": crashing, "hang": hanging, "memory": starving}.get(tile.fault, gated)
-        kernel = func(tile.sleep_us, 1.5 if tile.fault == "wrong" else 1.0)
+        kernel = func(tile.sleep_us, {"wrong": 1.5, "near": 1.00001}.get(tile.fault, 1.0))
         return Lowering((KernelCall(kernel, (0,), (Output("y", ("m", FEATURES), "float32"),)),), ("y",))
 
 
