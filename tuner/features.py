@@ -28,6 +28,7 @@ def features(
         "gbs": target.bandwidth_gbs or 0.0,
         "tops": target.matrix_tops or 0.0,
     }
+    found |= _wasted(found, rows)
     threads, shared, blocks = (found.get(f"tile.{name}") for name in ("threads", "shared_bytes", "blocks"))
     if target.sms and threads and shared:
         resident = max(1, min(_SM_THREADS // int(threads), target.shared_memory_bytes // max(1, int(shared))))
@@ -35,6 +36,18 @@ def features(
         if blocks:
             found["waves"] = blocks / (resident * target.sms)
     return found
+
+
+def _wasted(found: Mapping[str, float], rows: int) -> dict[str, float]:
+    """How much larger than the extents whole tiles are, for each number of a tile beside the rows and the outputs."""
+    extents = {"rows": float(rows)} | {n: v for n, v in found.items() if n.endswith((".out_features", ".features"))}
+    return {
+        f"{extent} in {name}": math.ceil(size / value) * value / size
+        for name, value in found.items()
+        if name.startswith("tile.") and value >= 2
+        for extent, size in extents.items()
+        if size
+    }
 
 
 def record_features(record: Record, classes: Mapping[str, type], target: Target) -> dict[str, float]:

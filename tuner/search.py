@@ -21,7 +21,7 @@ _CHILDREN = 64  # proposals that are ranked, and as many drawn at random
 _EXPLORED = 0.2  # of a batch, drawn at random whatever the model says
 _NEIGHBOURS = 3  # records nearby, whose tiles are tried first
 _LEAST_SAMPLES = 4  # for a model
-_FAILED = math.log(0.01)  # what a failure counts as, of the floor
+_FAILED = math.log(0.01)  # what a failure counts as, of the best
 _OWN_WEIGHT = 4.0  # of a record of the task itself, beside one of another
 
 
@@ -56,13 +56,12 @@ class ModelSearch:
 
     def __init__(self, others: Iterable[Record] = (), seed: int = 0) -> None:
         check_installed()
-        self._others = [record for record in others if record.of_floor or record.failure]
+        self._others = list(others)
         self._random = random.Random(seed)
         self._seed = seed
 
     def learn(self, record: Record) -> None:
-        if record.of_floor or record.failure:
-            self._others.append(record)
+        self._others.append(record)
 
     def propose(self, task: Task, measured: Mapping[str, Record], taken: Collection[str], count: int) -> list[Any]:
         space = {text_of(tile): tile for tile in task.space}
@@ -88,13 +87,7 @@ class ModelSearch:
 
     def _nearby(self, task: Task, left: Sequence[str]) -> list[str]:
         """The tiles nearest to the best ones of the nearest tasks: neighbouring facts here, or these on another GPU."""
-        best: dict[tuple[Any, ...], Record] = {}
-        for record in self._others:
-            if record.schedule == task.schedule.name and record.us is not None:
-                place = (record.device, *record.task)
-                known = best.get(place)
-                if known is None or record.us < (known.us or math.inf):
-                    best[place] = record
+        best = _best_by_task(r for r in self._others if r.schedule == task.schedule.name)
         facts = _flat(task.facts_text) | {"rows": task.rows}
         near = sorted(best.values(), key=lambda r: _apart(facts, _flat(r.facts) | {"rows": r.rows}))
         tiles = [_flat(record.tile) for record in near[:_NEIGHBOURS]]
@@ -146,23 +139,45 @@ class ModelSearch:
     def _examples(
         self, task: Task, space: Mapping[str, Any], places: Mapping[str, float], measured: Mapping[str, Record]
     ) -> list[tuple[dict[str, float], float, float]]:
-        """Features, logarithm of the fraction of the floor, weight."""
-        examples = []
-        for text, record in measured.items():
-            if text in space:
-                label = _FAILED if record.us is None else math.log(task.floor_us / record.us)
-                examples.append((self._features(task, space[text], places[text]), label, _OWN_WEIGHT))
+        """Features, the logarithm of the best time of its task and device over this one, weight: what is compared are
+        the tiles of a task, whatever the device and the task can reach."""
+        own = {text: record for text, record in measured.items() if text in space}
+        here = {record.device for record in own.values()}
+        others = [
+            r
+            for r in self._others
+            if r.schedule == task.schedule.name and ((r.facts, r.rows) != task.key[1:] or r.device not in here)
+        ]
+        best = _best_by_task([*own.values(), *others])
         classes = {type(tile).__name__: type(tile) for tile in space.values()}
-        for record in self._others:
-            if record.schedule == task.schedule.name and (record.facts, record.rows) != task.key[1:]:
-                label = math.log(record.of_floor) if record.of_floor else _FAILED
-                examples.append((record_features(record, classes, task.target), label, 1.0))
-        return examples
+        examples = [
+            (self._features(task, space[text], places[text]), _label(record, best), _OWN_WEIGHT)
+            for text, record in own.items()
+        ]
+        return examples + [(record_features(r, classes, task.target), _label(r, best), 1.0) for r in others]
 
     def _features(self, task: Task, tile: Any, place: float) -> dict[str, float]:
         """place: in the space, whose order is the schedule's own guess."""
         found = features(tile, json.loads(task.facts_text), task.rows, *task.work(task.rows), task.target)
         return {**found, "place": place}
+
+
+def _best_by_task(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
+    """The fastest record of each task on each device."""
+    best: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        place = (record.device, *record.task)
+        known = best.get(place)
+        if record.us is not None and (known is None or record.us < (known.us or math.inf)):
+            best[place] = record
+    return best
+
+
+def _label(record: Record, best: Mapping[tuple[Any, ...], Record]) -> float:
+    known = best.get((record.device, *record.task))
+    if record.us is None or known is None or known.us is None:
+        return _FAILED
+    return math.log(known.us / record.us)
 
 
 def check_installed() -> None:

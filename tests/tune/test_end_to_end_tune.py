@@ -22,7 +22,7 @@ def test_a_tuned_model_says_which_records_it_uses(tmp_path: Path, capsys, monkey
     monkeypatch.setenv(env.TUNING_LOGS, str(logs))
 
     code, out, err = run("tune", str(tmp_path), *SIZES, "--list")
-    assert code == 0 and "rms_norm 64 m=16" in out or "linear_dense" in out, err
+    assert code == 0 and "linear_dense" in out, err
     assert not logs.exists()
     before = cached_path(str(tmp_path))
 
