@@ -31,7 +31,7 @@ types: $(VENV)/.dev
 	rm -rf build/types
 	mkdir -p build/types/tilewright
 	ln -s $(CURDIR)/tilewright/* build/types/tilewright/
-	ln -s $(addprefix $(CURDIR)/,compiler models passes runtime schedules) build/types/tilewright/
+	ln -s $(addprefix $(CURDIR)/,compiler models passes runtime schedules tuner) build/types/tilewright/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 clean:

@@ -59,6 +59,13 @@ HOST = Case("host", "an eager step of 64 mixed tokens: the host's time for each 
 IDLE = Case("idle", "share of the time between decode steps of one stream in which the GPU runs none", "%")
 MODEL_CASES = {c.name: c for c in (STEP, FIRST, CHAT, START, HOST, IDLE)}
 
+SEARCH = Case(
+    "search", "candidates of a task measured until one is within 5 % of the best of its whole space", "trials"
+)
+GAIN = Case("gain", "a call with the best tile; of the default one it is told besides", "us")
+KILLS = Case("kills", "the best of a task after a sweep killed many times, over that of one left alone", "ratio")
+TUNE_CASES = {c.name: c for c in (SEARCH, GAIN, KILLS)}
+
 
 @dataclass(frozen=True)
 class LinearShape:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def compile(
     page_size: int = DEFAULT_PAGE_SIZE,
     strict: bool = False,
     dump: str | os.PathLike[str] | None = None,
+    logs: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
 ) -> Artifact:
     """Compile a model into an artifact.
@@ -48,16 +50,15 @@ def compile(
     page_size: tokens a KV page.
     strict: a token gets the same bits whether it was generated or stands in a prompt. On a CPU it always does; on a
     GPU generated tokens then run by the prompts' attention kernel, which is slower where few sequences are long.
-    dump: a directory for the IR after every pass. Raises UserError for whatever the caller can mend.
+    dump: a directory for the IR after every pass. logs: a directory of tuning records, by default that of the
+    installation. Raises UserError for whatever the caller can mend.
     """
-    here = resolve_target(target)
+    options = compile_options(target, weights, quant, max_batch, max_tokens, page_size, strict)
+    options = replace(options, dump=Path(dump) if dump else None, logs=Path(logs) if logs else None)
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
-    batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
-    options = Options(here, weights, quant, batch, tokens, page_size, strict, Path(dump) if dump else None)
-    _check_quant(options)
     report = progress or (lambda _: None)
-    checkpoint = _read(model, options, report)
+    checkpoint = read_checkpoint(model, options, report)
     path = Path(output) if output else Path(f"{Path(checkpoint.name).name}.tw")  # a hub id is org/name
     with sealed.writing(path) as root:
         manifest = _fill(root, checkpoint, options, report)
@@ -67,7 +68,23 @@ def compile(
     return Artifact(path, manifest)
 
 
-def _read(model: str | os.PathLike[str], options: Options, report: Report) -> Checkpoint:
+def compile_options(
+    target: str,
+    weights: str = "auto",
+    quant: str = "auto",
+    max_batch: int | None = None,
+    max_tokens: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    strict: bool = False,
+) -> Options:
+    """What `compile` makes of its arguments. Raises UserError for what can't be."""
+    batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
+    options = Options(resolve_target(target), weights, quant, batch, tokens, page_size, strict)
+    _check_quant(options)
+    return options
+
+
+def read_checkpoint(model: str | os.PathLike[str], options: Options, report: Report) -> Checkpoint:
     from tilewright.compiler.frontends import load_checkpoint, random_checkpoint
 
     checkpoint = load_checkpoint(os.fspath(model), progress=report, weights=options.weights == "auto")
@@ -103,9 +120,10 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
     from tilewright.schedules.order import Chooser
+    from tilewright.schedules.records import known_here
 
     formats = weight_formats(checkpoint, options)
-    choose = Chooser(options.target)
+    choose = Chooser(options.target, known_here(options.logs or env.tuning_logs(), options.target))
     scheduled = lower(checkpoint, formats, options, report, choose)
     program, kernels = split_kernels(scheduled)
     params = step_params(scheduled)

@@ -3,6 +3,7 @@
 | variable | value | default | meaning |
 |---|---|---|---|
 | TILEWRIGHT_CACHE_DIR | a directory | $XDG_CACHE_HOME/tilewright, else ~/.cache/tilewright | what later runs use |
+| TILEWRIGHT_TUNING_LOGS | a directory | tuning_logs of the installation | what `tune` found out |
 | TILEWRIGHT_THREADS | 1 to 1024 | the cores this process may use | threads a model computes with |
 | TILEWRIGHT_JOBS | 1 to 1024 | the cores this process may use | kernels compiled at the same time |
 | TILEWRIGHT_DEBUG | 0 or 1 | 0 | a traceback for an error inside tilewright |
@@ -20,10 +21,11 @@ from tilewright.compiler.targets import host
 
 PREFIX = "TILEWRIGHT_"
 CACHE_DIR = "TILEWRIGHT_CACHE_DIR"
+TUNING_LOGS = "TILEWRIGHT_TUNING_LOGS"
 THREADS = "TILEWRIGHT_THREADS"
 JOBS = "TILEWRIGHT_JOBS"
 DEBUG = "TILEWRIGHT_DEBUG"
-NAMES = (CACHE_DIR, THREADS, JOBS, DEBUG)
+NAMES = (CACHE_DIR, TUNING_LOGS, THREADS, JOBS, DEBUG)
 
 MAX_THREADS = 1024
 
@@ -35,6 +37,7 @@ def check() -> None:
         hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(NAMES)}"
         raise UserError(f"unknown environment variable {name}; {hint}")
     cache_dir()
+    tuning_logs()
     threads()
     jobs()
     debug()
@@ -47,11 +50,13 @@ def cache_dir() -> Path:
         base = os.environ.get("XDG_CACHE_HOME", "")
         # The base directory specification says to ignore a relative path there.
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "tilewright"
-    expanded = os.path.expanduser(value)  # leaves the "~" of an unknown user
-    path = Path(expanded).absolute()
-    if not value or expanded.startswith("~") or (path.exists() and not path.is_dir()):
-        raise UserError(f"{CACHE_DIR}={value!r} is not a directory; name one that exists or can be made")
-    return path
+    return _directory(CACHE_DIR, value)
+
+
+def tuning_logs() -> Path:
+    """Where tuning records are written and read. It need not exist yet."""
+    value = os.environ.get(TUNING_LOGS)
+    return Path(__file__).parents[1] / "tuning_logs" if value is None else _directory(TUNING_LOGS, value)
 
 
 def threads() -> int:
@@ -70,6 +75,14 @@ def debug() -> bool:
     if value not in ("0", "1"):
         raise UserError(f"{DEBUG}={value!r} is neither 0 nor 1; set one of them or unset it")
     return value == "1"
+
+
+def _directory(name: str, value: str) -> Path:
+    expanded = os.path.expanduser(value)  # leaves the "~" of an unknown user
+    path = Path(expanded).absolute()
+    if not value or expanded.startswith("~") or (path.exists() and not path.is_dir()):
+        raise UserError(f"{name}={value!r} is not a directory; name one that exists or can be made")
+    return path
 
 
 def _count(name: str) -> int:

@@ -52,6 +52,7 @@ class Options:
     page_size: int = DEFAULT_PAGE_SIZE
     strict: bool = False  # the same bits for a token whether it was generated or stands in a prompt
     dump: Path | None = None
+    logs: Path | None = None  # tuning records; None: the usual place
 
     def __post_init__(self) -> None:
         kind, _, seed = self.weights.partition(":")

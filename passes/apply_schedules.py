@@ -12,15 +12,12 @@ import tvm
 import tvm_ffi
 from tvm import ir, relax
 
-from tilewright.compiler.calls import ByRows, Call, Part
-from tilewright.compiler.composites import dump_spec, load_spec
+from tilewright.compiler.calls import ByRows, Call, Part, bounds_of, call_of, rows_extents
+from tilewright.compiler.composites import dump_spec
 from tilewright.compiler.pass_base import Pass
 from tilewright.compiler.relax_utils import bindings
 
 logger = logging.getLogger(__name__)
-
-# The argument whose leading extent counts a call's rows, where it is not the first.
-_ROWS_ARGUMENT = {"embedding": 1, "kv_append": 1}
 
 _EMPTY = tvm.tirx.PrimFunc([], tvm.tirx.Evaluate(0))  # stands for a kernel
 
@@ -66,7 +63,7 @@ class _Lowerer:
 
     def lower(self, func: relax.Function) -> relax.Function:
         self._decode = bool((func.attrs or {}).get("tw.decode", False))
-        bounds = {str(k): int(v) for k, v in (func.attrs or {}).get("tir_var_upper_bound", {}).items()}
+        bounds = bounds_of(func)
         outer = self
         self._shared = {}
         # Here and not in the visitor below: an exception that passes through TVM comes out as another class.
@@ -89,21 +86,10 @@ class _Lowerer:
 
     def choice(self, call: ir.Call, bounds: dict[str, int]) -> tuple[Any, list[str]] | None:
         """How a composite call is lowered, and its kernels' names; None: by its body. Raises what `choose` does."""
-        attrs = self.mod[call.op].attrs
-        composite = str(attrs["tw.composite"])
-        rows, *others = self.extents(call)
-        inner = tuple(int(d.value) for d in others[:-1])
-        static = int(rows.value) if isinstance(rows, tvm.tirx.IntImm) else None
-        spec = load_spec(composite, str(attrs["tw.spec"]))
-        asked = Call(composite, spec, static, static or bounds[rows.name], inner, self._decode)
+        asked = call_of(self.mod, call, bounds, self._decode)
         if asked not in self._chosen:
             self._chosen[asked] = self._choose(asked)
         return self._chosen[asked]
-
-    def extents(self, call: ir.Call) -> Any:
-        """The shape of the argument whose leading extent counts a composite call's rows."""
-        composite = str(self.mod[call.op].attrs["tw.composite"])
-        return call.args[_ROWS_ARGUMENT.get(composite, 0)].ty.shape.values
 
     def references(self) -> dict[Any, Any]:
         """The composites that run by their bodies, and the TIR that bodies call."""
@@ -117,7 +103,7 @@ class _Lowerer:
             self._by_body.add(call.op)
             return call
         lowering, names = choice
-        rows = self.extents(call)[0]
+        rows = rows_extents(self.mod, call)[0]
         values: dict[str, Any] = {}
 
         def value(ref: int | str) -> Any:
@@ -147,7 +133,7 @@ class _Lowerer:
                 parts = [[p.rows, self._add(asked, choice, index, p, None)] for p in kernel.func.parts]
                 names.append(self._add_by_rows(asked, choice, parts, floor))
             else:
-                part = Part(asked.m_max, kernel.func, choice.tile)
+                part = Part(asked.m_max, kernel.func, choice.tile, choice.record.place if choice.record else "")
                 names.append(self._add(asked, choice, index, part, floor))
         logger.debug("%s %s -> %s", asked.composite, choice.facts, names)
         return choice.lowering, names
@@ -187,6 +173,7 @@ def _about(asked: Call, choice: Any, part: Part, floor: Any) -> str:
         "max_rows": part.rows,
         "tile": None if part.tile is None else dataclasses.asdict(part.tile),
         "floor": floor,
+        **({"record": part.record} if part.record else {}),
     }
     return json.dumps(about, sort_keys=True)
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from tilewright.compiler.composites import load_spec
@@ -31,6 +32,7 @@ from tilewright.schedules.cuda.paged_attention_mma import PagedAttentionMma as C
 from tilewright.schedules.cuda.qkv_append import QKVAppend as CudaQKVAppend
 from tilewright.schedules.cuda.rms_norm import RMSNorm as CudaRMSNorm
 from tilewright.schedules.cuda.sample import Sample as CudaSample
+from tilewright.schedules.records import NOTHING_KNOWN, Known, Record
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,15 @@ ORDER: tuple[Schedule, ...] = (
 @dataclass(frozen=True)
 class Choice:
     """What runs a composite call: schedule, facts, tile, its floor, and the kernels. Where the number of rows decides
-    between several, facts and tile are those for the most rows."""
+    between several, facts and tile are those for the most rows. record: that the tile was taken from; None where it is
+    the default."""
 
     schedule: Schedule
     facts: Any
     tile: Any
     floor: Floor
     lowering: Lowering
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ class Chooser:
     On a GPU a call that no schedule takes has none: it runs by its reference body, which TVM lowers as it does plain
     operators. The compile's summary warns of every one.
 
-    `tiles` holds the best known tiles by (schedule name, facts as text); without one the first of the space is taken.
+    The tile is the fastest of those that `known` has records of, and without any the first of the schedule's space.
     """
 
     target: Target
-    tiles: tuple[tuple[tuple[str, str], Any], ...] = ()
+    known: Known = NOTHING_KNOWN
     order: tuple[Schedule, ...] = field(default=ORDER, repr=False)
 
     def __call__(self, call: Call) -> Choice | None:
@@ -117,17 +121,35 @@ class Chooser:
 
     def _choice(self, schedule: Schedule, call: Call) -> Choice:
         """The parts for every number of rows that the schedule tells apart, as one choice."""
-        bounds = [] if call.m is not None else [b for b in schedule.bounds(call, self.target) if b < call.m_max]
-        parts = [self._part(schedule, replace(call, rows=rows)) for rows in (*bounds, call.m_max)]
-        return replace(parts[-1], lowering=_joined((*bounds, call.m_max), parts))
+        asked = parts_of(schedule, call, self.target)
+        parts = [self._part(schedule, part) for part in asked]
+        for part in parts:
+            for record in self.known.stale(schedule.name, part.facts, schedule.space(part.facts, self.target)):
+                _tell_stale(record)
+        return replace(parts[-1], lowering=_joined([part.rows for part in asked], parts))
 
     def _part(self, schedule: Schedule, call: Call) -> Choice:
         """The choice for as many rows as the call says."""
         facts = schedule.match(call, self.target)
-        known = dict(self.tiles).get((schedule.name, repr(facts)))
-        tile = known if known is not None else schedule.space(facts, self.target)[0]
+        space = schedule.space(facts, self.target)
+        tile, record = self.known.best(schedule.name, facts, call.rows, space) or (space[0], None)
         floor = schedule.floor(facts, self.target)
-        return Choice(schedule, facts, tile, floor, schedule.apply(facts, tile, self.target))
+        return Choice(schedule, facts, tile, floor, schedule.apply(facts, tile, self.target), record)
+
+
+def parts_of(schedule: Schedule, call: Call, target: Target) -> list[Call]:
+    """The call, once for each number of rows up to which the schedule has a tile of its own."""
+    bounds = [] if call.m is not None else [b for b in schedule.bounds(call, target) if b < call.m_max]
+    return [replace(call, rows=rows) for rows in (*bounds, call.m_max)]
+
+
+@cache
+def _tell_stale(record: Record) -> None:
+    """Once a process."""
+    logger.warning(
+        "tuning record %s is of another space of tiles than today's: not used; tilewright tune measures anew",
+        record.place,
+    )
 
 
 def _call(composite: str, spec: Any, m: int | None, m_max: int, inner: Sequence[int], decode: bool, rows: int) -> Call:
@@ -147,7 +169,7 @@ def _joined(bounds: Sequence[int], choices: Sequence[Choice]) -> Lowering:
             func = choice.lowering.kernels[index].func
             if parts and parts[-1].func == func:
                 parts.pop()
-            parts.append(Part(rows, func, choice.tile))
+            parts.append(Part(rows, func, choice.tile, choice.record.place if choice.record else ""))
         kernels.append(_with_parts(kernel, parts))
     return Lowering(tuple(kernels), first.results)
 

@@ -1,7 +1,7 @@
 """What several files share: compiled artifacts of the real model, and a quick way to compile tiny checkpoints.
 
 Kernels are cached in a directory of the run's own, which xdist's workers share, so that a run neither finds nor leaves
-anything on the machine; set TILEWRIGHT_CACHE_DIR to keep them between runs.
+anything on the machine; set TILEWRIGHT_CACHE_DIR to keep them between runs. No tuning records are read.
 """
 
 import os
@@ -27,6 +27,14 @@ def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(env.CACHE_DIR, str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests compile with default tiles, whatever was measured on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.TUNING_LOGS, str(tmp_path_factory.mktemp("tuning_logs")))
         yield
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import tvm
 
 from tilewright.compiler import env
-from tilewright.compiler.codegen.c_compiler import c_compiler
 from tilewright.compiler.codegen.cuda_module import CudaKernel, load_device_part
+from tilewright.compiler.codegen.kernel_library import link_kernels
 from tilewright.compiler.codegen.kernels import compile_kernels, read_kernel
 from tilewright.compiler.targets import RECORDS
 from tilewright.compiler.targets.base import Target
@@ -100,7 +100,7 @@ def load_kernels(kernels: Mapping[str, CudaKernel]) -> list[Any]:
     for name, kernel in kernels.items():
         code, library = folder / f"{name}.o", folder / f"{name}.so"
         code.write_bytes(kernel.object)
-        subprocess.run([c_compiler(), "-shared", "-o", str(library), str(code), "-lm"], check=True)
+        link_kernels([code], library)
         module = tvm.runtime.load_module(str(library))
         module.import_module(load_device_part(kernel.device))
         functions.append(module[name])

@@ -40,10 +40,14 @@ def artifact_path(model: str) -> Path:
 
 def cached_path(model: str) -> Path:
     """Where the artifact of `model` for this machine, with every option at its default, is kept."""
+    from tilewright.schedules.records import known_here
+
+    target = resolve_target("auto")
     key = {
         "model": list(_identity(model)),
-        "target": repr(resolve_target("auto")),
+        "target": repr(target),
         "compiler": _compiler(),
+        "records": known_here(env.tuning_logs(), target).digest,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return env.cache_dir() / "artifacts" / f"{_slug(model)}-{digest[:16]}{ARTIFACT_SUFFIX}"

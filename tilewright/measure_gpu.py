@@ -1,7 +1,6 @@
 """What this machine's GPU delivers, measured with kernels that go through our own compiler: memory and matrices."""
 
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,12 +159,12 @@ def load_function(name: str, kernel: Any, folder: Path) -> Any:
     """A compiled kernel linked as a model's are, and loaded."""
     import tvm
 
-    from tilewright.compiler.codegen.c_compiler import c_compiler
     from tilewright.compiler.codegen.cuda_module import load_device_part
+    from tilewright.compiler.codegen.kernel_library import link_kernels
 
     code, library = folder / f"{name}.o", folder / f"{name}.so"
     code.write_bytes(kernel.object)
-    subprocess.run([c_compiler(), "-shared", "-o", str(library), str(code), "-lm"], check=True)
+    link_kernels([code], library)
     module = tvm.runtime.load_module(str(library))
     module.import_module(load_device_part(kernel.device))
     return module[name]

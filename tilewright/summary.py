@@ -1,6 +1,7 @@
 """An artifact as tables: what it is, its kernels with tile and floor, its memory plan."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,9 +73,25 @@ def show_summary(artifact: Artifact, elapsed_s: float) -> None:
     table.add_row("kernels", str(len(artifact.manifest.kernels)))
     table.add_row("floor", _floor_words(artifact))
     table.add_row("target", _target(artifact.manifest))
+    for name, words in tile_sources(artifact.manifest).items():
+        table.add_row(name, words)
     table.add_row("warnings", str(len(artifact.manifest.warnings) or "none"))
     console.show(table)
     show_warnings(artifact.manifest)
+
+
+def tile_sources(manifest: Manifest) -> dict[str, str]:
+    """Where the kernels' tiles come from: which tuning records, and which schedules ran on their defaults."""
+    tiled = [kernel for kernel in manifest.kernels if kernel["tile"] is not None]
+    places = sorted({str(kernel["record"]) for kernel in tiled if "record" in kernel})
+    lines: dict[str, list[str]] = {}
+    for place in places:
+        file, _, line = place.rpartition(":")
+        lines.setdefault(file, []).append(line)
+    defaults = Counter(kernel["schedule"] for kernel in tiled if "record" not in kernel)
+    by_records = "; ".join(f"{file}:{','.join(sorted(each, key=int))}" for file, each in lines.items())
+    by_default = ", ".join(f"{count} of {name}" for name, count in sorted(defaults.items()))
+    return {"tiles by records": by_records or "none", "tiles by default": by_default or "none"}
 
 
 def show_warnings(manifest: Manifest) -> None:
@@ -100,6 +117,7 @@ def manifest_table(artifact: Artifact) -> Table:
         ),
         "floor": _floor_words(artifact),
         **({"ceilings": str(rates)} if rates else {}),
+        **tile_sources(manifest),
         **{f"from {key}": value for key, value in sorted(manifest.provenance.items())},
     }
     for name, value in rows.items():

@@ -6,18 +6,17 @@ of one process would stand in line. A process imports TVM once and then compiles
 
 import atexit
 import os
-import pickle
 import signal
-import struct
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, LifoQueue
-from typing import IO, Any
+from typing import Any
 
 from tilewright.compiler.errors import CompileError, UserError
+from tilewright.compiler.messages import receive, send
 from tilewright.compiler.targets.base import Target
 
 _idle: LifoQueue["_Process"] = LifoQueue()
@@ -46,8 +45,8 @@ class _Process:
         assert requests is not None
         assert answers is not None
         try:
-            _send(requests, request)
-            error = _receive(answers)
+            send(requests, request)
+            error = receive(answers)
         except (BrokenPipeError, EOFError):
             raise CompileError(f"the process that compiles kernels ended with status {self._process.wait()}") from None
         if error is not None:
@@ -65,20 +64,6 @@ def _close_all() -> None:
         _idle.get_nowait().close()
 
 
-def _send(stream: IO[bytes], value: Any) -> None:
-    content = pickle.dumps(value)
-    stream.write(struct.pack("<Q", len(content)) + content)
-    stream.flush()
-
-
-def _receive(stream: IO[bytes]) -> Any:
-    """Raises EOFError where nothing more comes."""
-    size = stream.read(8)
-    if len(size) < 8:
-        raise EOFError
-    return pickle.loads(stream.read(struct.unpack("<Q", size)[0]))
-
-
 def main() -> None:
     """Until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one by closing the pipe
@@ -91,14 +76,14 @@ def main() -> None:
         import tvm
     while True:
         try:
-            func, name, target, file, written = _receive(sys.stdin.buffer)
+            func, name, target, file, written = receive(sys.stdin.buffer)
         except EOFError:
             return
         try:
             compile_cuda(written(tvm.ir.load_json(func)), name, target, file)
         except UserError as error:
-            _send(answers, error)
+            send(answers, error)
         except Exception:
-            _send(answers, RuntimeError(f"{name} did not compile\n{traceback.format_exc()}"))
+            send(answers, RuntimeError(f"{name} did not compile\n{traceback.format_exc()}"))
         else:
-            _send(answers, None)
+            send(answers, None)

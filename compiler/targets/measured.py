@@ -84,9 +84,14 @@ def write(device: str, ceilings: Ceilings) -> Measured:
     return found
 
 
-def _file(device: str) -> Path:
+def slug(device: str) -> str:
+    """A device's name as a file's."""
     words = "".join(c if c.isalnum() and c.isascii() else " " for c in device.lower()).split()
-    return env.cache_dir() / "measured" / f"{'-'.join(words)[:100] or 'device'}.json"
+    return "-".join(words)[:100] or "device"
+
+
+def _file(device: str) -> Path:
+    return env.cache_dir() / "measured" / f"{slug(device)}.json"
 
 
 def _within(value: Any, low: float, high: float) -> bool:

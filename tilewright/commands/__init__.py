@@ -2,7 +2,7 @@
 
 import typer
 
-from tilewright.commands import bench, chat, compile, doctor, generate, inspect, verify
+from tilewright.commands import bench, chat, compile, doctor, generate, inspect, tune, verify
 
 
 def register(app: typer.Typer) -> None:
@@ -13,4 +13,5 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect.command)
     app.command("verify")(verify.command)
     app.command("bench")(bench.command)
+    app.add_typer(tune.app, name="tune")
     app.command("doctor")(doctor.command)

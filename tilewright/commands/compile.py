@@ -33,6 +33,9 @@ def command(
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
     ] = None,
+    logs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take tuning records from here, not from the installation's.")
+    ] = None,
 ) -> None:
     """Compile MODEL into one sealed artifact."""
     import time
@@ -54,6 +57,7 @@ def command(
             page_size=page_size,
             strict=strict,
             dump=dump,
+            logs=logs,
             progress=report,
         )
     show_summary(artifact, time.monotonic() - start)
