@@ -3,7 +3,8 @@
     python bench/tune.py measure smollm2-135m --logs build/tune     every tile of the tasks; again continues
     python bench/tune.py search smollm2-135m --logs build/tune      the searches, replayed on these records
     python bench/tune.py gains smollm2-135m --logs build/tune       the default and the best of each task
-    python bench/tune.py kills smollm2-135m --kills 20              a sweep killed at random, and one left alone
+    python bench/tune.py kills smollm2-135m --logs build/kills      a sweep, killed at random moments; again kills on
+    python bench/tune.py survived smollm2-135m --logs build/kills   its end, beside a sweep that is left alone
 
 `measure` tries whole spaces, so that `search` knows the best there is; each search then runs from scratch on the
 records of one task, with many seeds, and once more with the records of the other tasks to start from: first as a sweep
@@ -13,13 +14,13 @@ made with. Lines go to bench/results/tune.jsonl.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,8 +49,8 @@ CLOSE = 0.95  # of the best
 def main() -> None:
     args = parse()
     os.environ["PYTHONPATH"] = str(HERE)  # for the processes that compile
-    if args.what == "kills":
-        kills(args)
+    if args.what in ("kills", "survived"):
+        (kills if args.what == "kills" else survived)(args)
         return
     plan = make_plan(args)
     if args.what == "measure":
@@ -62,7 +63,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "search", "gains", "kills"))
+    parser.add_argument("what", choices=("measure", "search", "gains", "kills", "survived"))
     parser.add_argument("model")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--weights", default="auto")
@@ -72,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wide", action="store_true", help="only block linears of several rows, with every tile there is"
     )
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune.jsonl")
     parser.add_argument("--commit", help="what is run, where this is no checkout of it")
     return parser.parse_args()
@@ -172,21 +173,30 @@ def gains(plan: Plan, records: Sequence[Record], out: Results) -> None:
 
 
 def kills(args: argparse.Namespace) -> None:
-    """Kills a sweep again and again, each time after a random while; its log must be whole each time. In the end it is
-    left alone."""
-    out = results(args)
-    with tempfile.TemporaryDirectory() as folder:
-        killed, alone = Path(folder) / "killed", Path(folder) / "alone"
-        dice, counts = random.Random(), []
-        for _ in range(args.kills):
-            counts.append(kill_one(args, killed, dice))
-            print(f"killed with {counts[-1]} records", flush=True)
-        for logs in (killed, alone):
-            subprocess.run(command(args, logs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        bests = [best_of(logs) for logs in (killed, alone)]
-    assert bests[0].keys() == bests[1].keys(), "the killed sweep has other tasks than the one left alone"
-    ratios = [bests[0][task] / bests[1][task] for task in bests[0]]
-    out.add("kills", "tilewright", ratios, kills=args.kills, records_at_kills=counts, tasks=len(ratios))
+    """Kills a sweep again and again, each time after a random while; its log must be whole each time."""
+    dice, counts = random.Random(), noted(args)
+    for _ in range(args.kills):
+        counts.append(kill_one(args, args.logs / "killed", dice))
+        (args.logs / "kills.json").write_text(json.dumps(counts))
+        print(f"killed with {counts[-1]} records", flush=True)
+
+
+def noted(args: argparse.Namespace) -> list[int]:
+    """How many records there were at each kill so far."""
+    file = args.logs / "kills.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def survived(args: argparse.Namespace) -> None:
+    """Lets the killed sweep end, and compares its best tiles' times with those of a sweep that was left alone."""
+    places = args.logs / "killed", args.logs / "alone"
+    for logs in places:
+        subprocess.run(command(args, logs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed, alone = (best_of(logs) for logs in places)
+    assert killed.keys() == alone.keys(), "the killed sweep has other tasks than the one left alone"
+    ratios = [killed[task] / alone[task] for task in killed]
+    counts = noted(args)
+    results(args).add("kills", "tilewright", ratios, kills=len(counts), records_at_kills=counts, tasks=len(ratios))
 
 
 def command(args: argparse.Namespace, logs: Path) -> list[str]:
