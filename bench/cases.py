@@ -63,7 +63,9 @@ SEARCH = Case(
     "search", "candidates of a task measured until one is within 5 % of the best of its whole space", "trials"
 )
 GAIN = Case("gain", "a call with the best tile; of the default one it is told besides", "us")
-KILLS = Case("kills", "the best of a task after a sweep killed many times, over that of one left alone", "ratio")
+KILLS = Case(
+    "kills", "what a sweep killed many times found best, over the best of one left alone, as measured there", "ratio"
+)
 TUNE_CASES = {c.name: c for c in (SEARCH, GAIN, KILLS)}
 
 

@@ -188,15 +188,20 @@ def noted(args: argparse.Namespace) -> list[int]:
 
 
 def survived(args: argparse.Namespace) -> None:
-    """Lets the killed sweep end, and compares its best tiles' times with those of a sweep that was left alone."""
+    """Lets the killed sweep end, and looks up its best tiles in the log of a sweep that was left alone: what they took
+    there, over the best there. (The times of two sweeps differ by what else the machine did.)"""
     places = args.logs / "killed", args.logs / "alone"
     for logs in places:
         subprocess.run(command(args, logs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    killed, alone = (best_of(logs) for logs in places)
+    killed, alone = (times_of(logs) for logs in places)
     assert killed.keys() == alone.keys(), "the killed sweep has other tasks than the one left alone"
-    ratios = [killed[task] / alone[task] for task in killed]
+    ratios = [alone[task][best(times)] / min(alone[task].values()) for task, times in killed.items()]
     counts = noted(args)
     results(args).add("kills", "tilewright", ratios, kills=len(counts), records_at_kills=counts, tasks=len(ratios))
+
+
+def best(times: dict[str, float]) -> str:
+    return min(times, key=times.__getitem__)
 
 
 def command(args: argparse.Namespace, logs: Path) -> list[str]:
@@ -225,13 +230,13 @@ def whole_log(logs: Path) -> list[Record]:
     return found
 
 
-def best_of(logs: Path) -> dict[tuple[str, str, int], float]:
-    best: dict[tuple[str, str, int], float] = {}
+def times_of(logs: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Microseconds by task and tile."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
     for record in whole_log(logs):
         if record.us is not None:
-            key = record.schedule, record.facts, record.rows
-            best[key] = min(best.get(key, record.us), record.us)
-    return best
+            found.setdefault((record.schedule, record.facts, record.rows), {})[record.tile] = record.us
+    return found
 
 
 if __name__ == "__main__":

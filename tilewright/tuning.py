@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from tilewright.schedules.records import Record
     from tilewright.tuner.measuring import Measurer
-    from tilewright.tuner.sweep import Budget, Provenance, State
+    from tilewright.tuner.outcomes import Provenance
+    from tilewright.tuner.sweep import Budget, State
     from tilewright.tuner.tasks import Task
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -83,7 +84,7 @@ def check_measurable(target: Target) -> None:
 
 def provenance(kind: str, compiled: bool = True) -> "Provenance":
     """This machine, as records name it. compiled: whether kernels are compiled here too."""
-    from tilewright.tuner.sweep import Provenance
+    from tilewright.tuner.outcomes import Provenance
 
     device = targets.device_name(kind)
     assert device is not None, "asked for a device that is not here"
@@ -173,15 +174,15 @@ def export(
     found: Plan, file: Path, logs: Path, trials: int | None, done: Callable[[int, int], None]
 ) -> tuple[int, int]:
     """A bundle of the tasks' candidates, compiled here. Returns how many it has and how many did not compile."""
-    from tilewright.tuner import bundle
     from tilewright.tuner.candidates import Compilers
+    from tilewright.tuner.export import export as make_bundle
     from tilewright.tuner.search import ModelSearch
 
     compilers = Compilers(env.jobs())
     search = ModelSearch(other_devices(logs, ""))
     try:
         made_by = versions(found.target.kind)
-        return bundle.export(file, found.target, found.tasks, search, compilers, made_by, trials, done)
+        return make_bundle(file, found.target, found.tasks, search, compilers, made_by, trials, done)
     finally:
         compilers.close()
 

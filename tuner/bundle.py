@@ -2,6 +2,8 @@
 
 A bundle is a tar of bundle.json, which says for each task what is computed, by which candidates, and what their records
 will say; and of the candidates' libraries and device code. What measuring makes of it is a file of records.
+
+Free of TVM, of which measuring needs the runtime alone.
 """
 
 import dataclasses
@@ -11,7 +13,6 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +23,13 @@ from tilewright.compiler.errors import UserError
 from tilewright.compiler.targets import find_target, run_obstacle
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Output
-from tilewright.schedules.records import Record, UnreadableRecord, parse, target_text, text_of
-from tilewright.tuner.candidates import Candidate, Compilers, Failure, Launch
+from tilewright.schedules.records import Record, UnreadableRecord, parse, target_text
+from tilewright.tuner.candidates import Candidate, Failure, Launch
 from tilewright.tuner.measuring import Measurer
+from tilewright.tuner.outcomes import Provenance, finished, now
 from tilewright.tuner.problems import Problem
-from tilewright.tuner.search import Search
-from tilewright.tuner.sweep import Provenance, finished, known_floor_us, now, template
-from tilewright.tuner.tasks import Task
 
 VERSION = 1
-PER_TASK = 16  # candidates, where no number is asked for
 _CONTENTS = "bundle.json"
 
 
@@ -46,62 +44,8 @@ class Bundled:
     tiles: Mapping[str, Candidate]
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
-def export(
-    file: Path,
-    target: Target,
-    tasks: Sequence[Task],
-    search: Search,
-    compilers: Compilers,
-    versions: str,
-    trials: int | None,
-    done: Callable[[int, int], None] = lambda count, total: None,
-) -> tuple[int, int]:
-    """Compiles candidates and writes the bundle. trials: of all tasks together. done(compiled, all) is called as they
-    are ready. Returns how many candidates it holds and how many did not compile."""
-    with _writing(file):  # said before anything is compiled
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
-    each = PER_TASK if trials is None else max(1, trials // max(1, len(tasks)))
-    chosen = {task.key: _chosen(task, search, each) for task in tasks}
-    futures = {
-        compilers.submit(task.schedule, task.facts, tile, task.target): (task, tile)
-        for task in tasks
-        for tile in chosen[task.key]
-    }
-    compiled: dict[tuple[Any, str], Candidate] = {}
-    for count, future in enumerate(as_completed(futures), 1):
-        task, tile = futures[future]
-        outcome = future.result()
-        if isinstance(outcome, Candidate):
-            compiled[task.key, text_of(tile)] = outcome
-        done(count, len(futures))
-    blank = Provenance("", "", versions)
-    entries = []
-    for task in tasks:
-        texts = [text_of(tile) for tile in chosen[task.key]]
-        tiles = {text: compiled[task.key, text] for text in texts if (task.key, text) in compiled}
-        if task.default_text in tiles:
-            entries.append(Bundled(task.problem, template(task, blank), known_floor_us(task), tiles))
-    _write(file, target, entries)
-    return sum(len(entry.tiles) for entry in entries), len(futures) - len(compiled)
-
-
-def _chosen(task: Task, search: Search, count: int) -> list[Any]:
-    chosen: list[Any] = []
-    taken: set[str] = set()
-    while len(chosen) < count:
-        found = search.propose(task, {}, taken, count - len(chosen))
-        if not found:
-            break
-        chosen += found
-        taken |= {text_of(tile) for tile in found}
-    return chosen
-
-
-def _write(file: Path, target: Target, entries: Sequence[Bundled]) -> None:
+def write(file: Path, target: Target, entries: Sequence[Bundled]) -> None:
+    """Writes the bundle of compiled tasks. Raises UserError where it can't be written."""
     files: dict[str, Path] = {}
 
     def member(path: str) -> str:
@@ -127,7 +71,7 @@ def _write(file: Path, target: Target, entries: Sequence[Bundled]) -> None:
     contents = json.dumps({"version": VERSION, **made_for, "tasks": tasks}).encode()
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with _writing(file), tarfile.open(aside, "w") as tar:
+        with writing(file), tarfile.open(aside, "w") as tar:
             about = tarfile.TarInfo(_CONTENTS)
             about.size = len(contents)
             tar.addfile(about, io.BytesIO(contents))
@@ -139,14 +83,11 @@ def _write(file: Path, target: Target, entries: Sequence[Bundled]) -> None:
 
 
 @contextmanager
-def _writing(file: Path) -> Iterator[None]:
+def writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror}); make room, or name another place") from None
-
-
-# ---- measure ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -156,7 +97,9 @@ def opened(file: Path) -> Iterator[tuple[str, list[Bundled]]]:
     with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
         try:
             with tarfile.open(file) as tar:
-                tar.extractall(folder, filter="data")
+                for member in tar:
+                    if member.isfile() and "/" not in member.name:
+                        tar.extract(member, folder)
             contents = json.loads((Path(folder) / _CONTENTS).read_text())
             version = contents["version"]
         except (OSError, tarfile.TarError, ValueError, KeyError, TypeError):
@@ -199,7 +142,7 @@ def measure(
     """Measures what `output` has no record of yet, and adds a record a line to it. Returns how many there are then."""
     found = _read(output)
     known = {(*r.task, r.tile) for r in found if r.device == by.device}
-    with _writing(output), output.open("a") as lines:
+    with writing(output), output.open("a") as lines:
         for task in tasks:
             blank = replace(task.blank, device=by.device, driver=by.driver)
             default = next(iter(task.tiles.values()))

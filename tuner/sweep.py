@@ -16,6 +16,7 @@ from tilewright.schedules.records import Record, target_text, text_of
 from tilewright.tuner.candidates import Candidate, Compilers, Failure
 from tilewright.tuner.log import Log
 from tilewright.tuner.measuring import Measurer, Timing
+from tilewright.tuner.outcomes import Provenance, finished, now
 from tilewright.tuner.search import Search
 from tilewright.tuner.tasks import Key, Task
 
@@ -31,15 +32,6 @@ class Budget:
 
     seconds: float | None = None
     trials: int | None = None
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What records say of where they were made. versions: canonical JSON."""
-
-    device: str
-    driver: str
-    versions: str
 
 
 @dataclass
@@ -317,27 +309,6 @@ def template(task: Task, by: Provenance) -> Record:
 def known_floor_us(task: Task) -> float | None:
     """The task's floor, where the device's ceilings are known."""
     return task.floor_us if task.target.bandwidth_gbs is not None else None
-
-
-def finished(record: Record, tile: str, outcome: Timing | Failure, floor_us: float | None, date: str) -> Record:
-    """A template with what came out of a tile."""
-    if isinstance(outcome, Failure):
-        return replace(record, tile=tile, failure=outcome.kind, detail=outcome.detail, date=date)
-    return replace(
-        record,
-        tile=tile,
-        us=outcome.us,
-        spread_us=outcome.spread_us,
-        of_floor=None if floor_us is None else round(floor_us / outcome.us, 4),
-        clock_mhz=outcome.clock_mhz,
-        temperature_c=outcome.temperature_c,
-        date=date,
-    )
-
-
-def now() -> str:
-    """UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def present_us(tasks: Sequence[Task], records: Sequence[Record]) -> Mapping[Key, float]:

@@ -10,8 +10,9 @@ with without_torch():
 from tilewright.tuner.candidates import Compilers
 from tilewright.tuner.log import Log, locked
 from tilewright.tuner.measuring import Measurer
+from tilewright.tuner.outcomes import Provenance
 from tilewright.tuner.search import RandomSearch
-from tilewright.tuner.sweep import Budget, Provenance, Sweep
+from tilewright.tuner.sweep import Budget, Sweep
 from tilewright.tuner.tasks import Task
 
 BY = Provenance("Planted, 1 core", "", "{}")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from tilewright.compiler.targets import resolve_target
 from tilewright.schedules.records import Record, text_of
 from tilewright.tuner import bundle
 from tilewright.tuner.candidates import Compilers
+from tilewright.tuner.export import export
 from tilewright.tuner.log import Log, merge
 from tilewright.tuner.measuring import Measurer
 from tilewright.tuner.search import RandomSearch
@@ -29,7 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("bundle") / "tasks.tar"
     compilers, said = Compilers(1), []
     try:
-        counts = bundle.export(
+        counts = export(
             file, resolve_target("cpu"), [TASK], RandomSearch(), compilers, "{}", None, lambda *done: said.append(done)
         )
     finally:
@@ -62,6 +65,13 @@ def test_a_bundle_is_measured_and_its_records_come_home(exported: Path, measurer
     assert records[0].tile == text_of(PlantedTile(100)) and records[0].space == TASK.space_hash
     assert [r.failure for r in records] == ["", "", "", "wrong"]
     assert [r.trial for r in records if r.tile == TASK.default_text] == [1]
+
+
+def test_measuring_loads_no_compiler() -> None:
+    modules = "tilewright.commands.tune, tilewright.tuning, tilewright.compiler.build, tilewright.tuner.bundle"
+    check = "print([name for name in ('tvm', 'torch', 'xgboost') if name in sys.modules])"
+    command = [sys.executable, "-c", f"import sys, {modules}, tilewright.tuner.device_cuda; {check}"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "[]\n"
 
 
 def contents(file: Path) -> dict:
@@ -117,6 +127,6 @@ def test_a_place_that_can_not_be_written_is_said(tmp_path: Path) -> None:
         file = tmp_path / "none"
         file.write_text("")
         with pytest.raises(UserError, match=r"tasks.tar can't be written \(.*\); make room, or name another place"):
-            bundle.export(file / "tasks.tar", resolve_target("cpu"), [], RandomSearch(), compilers, "{}", None)
+            export(file / "tasks.tar", resolve_target("cpu"), [], RandomSearch(), compilers, "{}", None)
     finally:
         compilers.close()

@@ -26,21 +26,18 @@ def test_a_tuned_model_says_which_records_it_uses(tmp_path: Path, capsys, monkey
     assert not logs.exists()
     before = cached_path(str(tmp_path))
 
-    code, out, err = run("tune", str(tmp_path), *SIZES, "--trials", "6", "--workload", "decode")
-    assert code == 0 and out.startswith("6 trials in "), err
+    code, out, err = run("tune", str(tmp_path), *SIZES, "--trials", "2", "--workload", "decode")
+    assert code == 0 and out.startswith("2 trials in "), err
     files = sorted(logs.glob("*/*.jsonl"))
     records = [record for file in files for record in read_file(file)[0]]
-    assert len(records) == 6 and all(not read_file(file)[2] for file in files)
+    assert len(records) == 2 and all(not read_file(file)[2] for file in files)
     assert all(record.versions.count("tilewright") for record in records)
     assert cached_path(str(tmp_path)) != before  # what is compiled on first use follows the records
 
-    artifacts = [tmp_path / f"{i}.tw" for i in range(2)]
-    for path in artifacts:
-        code, out, err = run("compile", str(tmp_path), *SIZES, "-o", str(path))
-        assert code == 0, err
-    used = {str(kernel["record"]) for kernel in Artifact.open(artifacts[0]).manifest.kernels if "record" in kernel}
+    code, out, err = run("compile", str(tmp_path), *SIZES, "-o", str(tmp_path / "tuned.tw"))
+    assert code == 0, err
+    kernels = Artifact.open(tmp_path / "tuned.tw").manifest.kernels
+    used = {str(kernel["record"]) for kernel in kernels if "record" in kernel}
     assert used and used <= {record.place for record in records}
     lines = dict(line.split("  ", 1) for line in out.splitlines() if line.startswith("tiles by "))
     assert files[0].parent.name in lines["tiles by records"] and " of " in lines["tiles by default"]
-    first, second = ((path / "manifest.json").read_bytes() for path in artifacts)
-    assert first == second

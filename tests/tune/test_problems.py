@@ -25,6 +25,7 @@ from tilewright.compiler.composites import (
     SampleSpec,
 )
 from tilewright.compiler.served_bodies import BODIES, add_served_composite
+from tilewright.compiler.targets import host
 from tilewright.schedules.base import Reject
 from tilewright.schedules.order import ORDER
 from tilewright.tuner.problems import Problem, problem_of
@@ -73,6 +74,7 @@ def problem(call: Call) -> Problem:
 
 def by_kernel(call: Call, arguments: list[Any]) -> list[np.ndarray]:
     """The results of the first schedule that takes a call."""
+    host.features()  # asks the system for what kernels may use
     target = host_target()
     fitting = [s for s in ORDER if (s.composite, s.kind) == (call.composite, "cpu")]
     schedule = next(s for s in fitting if not isinstance(s.match(call, target), Reject))

@@ -17,8 +17,9 @@ from tilewright.schedules.records import Record, text_of
 from tilewright.tuner import search
 from tilewright.tuner.features import features, matrix, record_features
 from tilewright.tuner.measuring import Timing
+from tilewright.tuner.outcomes import Provenance, finished
 from tilewright.tuner.search import ModelSearch, RandomSearch, Search
-from tilewright.tuner.sweep import Provenance, finished, known_floor_us, template
+from tilewright.tuner.sweep import known_floor_us, template
 from tilewright.tuner.tasks import Task
 
 H100 = RECORDS["nvidia-h100"]
