@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from cases import AttentionShape
-from gpu_compiled import Compiled, compiled
+from gpu_compiled import Compiled, compiled, lowered
 from gpu_work import Call, Variant, Work, copies, distance, installed
 
-from tests.cuda_runner import cuda_target
-from tests.kernel_runner import lower
 from tilewright.compiler.composites import AttentionSpec, KVFormat, PagedAttentionSpec
 from tilewright.schedules.base import Call as CompositeCall
 from tilewright.schedules.cuda.paged_attention import PagedAttention
@@ -72,7 +70,7 @@ class Step:
 
 def compile_case(step: Step) -> Compiled:
     call = CompositeCall("paged_attention", step.spec, None, step.tokens, decode=step.decode)
-    return compiled(lower(PagedAttention(), call, cuda_target()))
+    return compiled(lowered(PagedAttention(), call))
 
 
 class Batch:

@@ -5,13 +5,16 @@ import pickle
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.cuda_runner import CudaRunner, load_kernels
+from tests.cuda_runner import CudaRunner, cuda_target, load_kernels
+from tests.kernel_runner import lower
 from tilewright.compiler import env
 from tilewright.compiler.codegen.cuda_module import CudaKernel
-from tilewright.schedules.base import Lowering, Output
+from tilewright.schedules.base import Call, Lowering, Output, Schedule
+from tilewright.schedules.records import Known, known_here
 
 Launch = Callable[[], None]
 
@@ -66,6 +69,18 @@ def _poisoned(output: Output, m: int) -> Any:
     dtype = getattr(torch, output.dtype)
     value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max // 2 + 1
     return torch.full(shape, value, dtype=dtype, device="cuda")
+
+
+@cache
+def _known() -> Known:
+    return known_here(env.tuning_logs(), cuda_target())
+
+
+def lowered(schedule: Schedule, call: Call) -> Lowering:
+    """As a compile would: with the best tile that records know."""
+    facts = schedule.match(call, cuda_target())
+    best = _known().best(schedule.name, facts, call.rows, schedule.space(facts, cuda_target()))
+    return lower(schedule, call, cuda_target(), best[0] if best else None)
 
 
 def compiled(lowering: Lowering) -> Compiled:

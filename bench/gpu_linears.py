@@ -4,11 +4,9 @@ from functools import partial
 
 import torch
 from cases import LinearShape
-from gpu_compiled import Compiled, compiled
+from gpu_compiled import Compiled, compiled, lowered
 from gpu_work import Variant, Work, copies, distance
 
-from tests.cuda_runner import cuda_target
-from tests.kernel_runner import lower
 from tilewright.compiler.composites import GatedSpec, LinearSpec
 from tilewright.schedules.base import Call
 from tilewright.schedules.cuda.linear import Linear
@@ -17,7 +15,7 @@ from tilewright.schedules.cuda.linear import Linear
 def compile_case(shape: LinearShape) -> Compiled:
     gate = GatedSpec(shape.outputs // 2, "silu", "bfloat16") if shape.gated else None
     spec = LinearSpec(shape.outputs, shape.depth, "bf16_rows", gate=gate, dtype="bfloat16", out_dtype=shape.out_dtype)
-    return compiled(lower(Linear(), Call("linear", spec, None, shape.tokens), cuda_target()))
+    return compiled(lowered(Linear(), Call("linear", spec, None, shape.tokens)))
 
 
 def work(shape: LinearShape, ours: Compiled) -> Work:

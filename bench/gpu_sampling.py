@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 from cases import SampleShape
-from gpu_compiled import Compiled, compiled
+from gpu_compiled import Compiled, compiled, lowered
 from gpu_work import Variant, Work, copies, installed
 
-from tests.cuda_runner import cuda_target
-from tests.kernel_runner import lower
 from tilewright.compiler.composites import SAMPLING_INPUTS, SampleSpec
 from tilewright.schedules.base import Call
 from tilewright.schedules.cuda.sample import Sample
@@ -22,7 +20,7 @@ _OFF = {"top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def compile_case(shape: SampleShape) -> Compiled:
-    return compiled(lower(Sample(), Call("sample", SampleSpec(shape.vocab), shape.rows, shape.rows), cuda_target()))
+    return compiled(lowered(Sample(), Call("sample", SampleSpec(shape.vocab), shape.rows, shape.rows)))
 
 
 def work(shape: SampleShape, ours: Compiled) -> Work:
