@@ -216,6 +216,7 @@ def kill_one(args: argparse.Namespace, logs: Path, dice: random.Random) -> int:
     while running.poll() is None and len(whole_log(logs)) <= before:
         time.sleep(0.02)
     time.sleep(dice.random() * 2.0)
+    assert not running.poll(), "the sweep failed by itself"
     running.send_signal(signal.SIGKILL)
     running.wait()
     return len(whole_log(logs))

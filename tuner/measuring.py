@@ -16,7 +16,8 @@ import numpy as np
 
 from tilewright.schedules.base import Output
 from tilewright.tuner.candidates import Candidate, Failure
-from tilewright.tuner.problems import Problem, numpy_dtype, with_layer
+from tilewright.tuner.problem_base import numpy_dtype
+from tilewright.tuner.problems import Problem, with_layer
 from tilewright.tuner.process import Ended, Hung, Worker, serve
 
 LIMIT_S = 60.0  # for one candidate, its check included
