@@ -27,15 +27,26 @@ Clock = Callable[[], float]
 
 @dataclass
 class Stats:
-    """Counts since the start. replays: preempted samples whose pages found no room beside the device's, so that their
-    tokens were computed again, one by one as before."""
+    """Counts since the start. step_s: seconds of all steps, launch to result. replays: preempted samples whose pages
+    found no room beside the device's, so that their tokens were computed again, one by one as before."""
 
     steps: int = 0
     tokens: int = 0
     drawn: int = 0
+    step_s: float = 0.0
     preemptions: int = 0
     replays: int = 0
     copied_pages: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds at one moment. waiting, running: samples. pages, used_pages: of the KV pool."""
+
+    waiting: int
+    running: int
+    pages: int
+    used_pages: int
 
 
 @dataclass
@@ -43,13 +54,15 @@ class Flight:
     """A step that was launched and is not processed yet.
 
     rows, places: the sample of each row, and where in its tokens the drawn one goes. members: all samples whose pages
-    the step uses. leaving: those that are on no list any more; their pages are given back when the step is done.
+    the step uses. launched_s: by the core's clock. leaving: those that are on no list any more; their pages are given
+    back when the step is done.
     """
 
     pending: Any
     rows: list[Sample]
     places: list[int]
     members: set[Sample]
+    launched_s: float
     leaving: list[Sample] = field(default_factory=list)
     landed: bool = False
 
@@ -96,6 +109,11 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         return bool(self._inbox or self.waiting or self.running or self.swapped or self._flights)
+
+    @property
+    def load(self) -> Load:
+        waiting = len(self._inbox) + len(self.waiting) + len(self.swapped)
+        return Load(waiting, len(self.running), self.pool.num_pages, self.pool.num_pages - self.pool.free)
 
     # -- from the loop's thread --
 
@@ -188,13 +206,14 @@ class EngineCore:
         batch, rows = self._builder.build(plan.chunks)
         if copies:
             self.executor.copy_pages(copies)
+        launched_s = self.clock()
         pending = self.executor.launch(batch)
         for sample, tokens in plan.chunks:
             sample.computed += tokens
         for leader in [sample for sample in rows if sample.width > 1]:
             self._part(leader)
         places = [sample.draw(row) for row, sample in enumerate(rows)]
-        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)})
+        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)}, launched_s)
         self._flights.append(flight)
         for sample in rows:
             if sample.drawn == sample.request.max_tokens:  # sure to end
@@ -217,6 +236,7 @@ class EngineCore:
 
     def _hand_out(self, flight: Flight, result: StepResult) -> None:
         now_s = self.clock()
+        self.stats.step_s += now_s - flight.launched_s
         tokens, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
         for row, (sample, place) in enumerate(zip(flight.rows, flight.places, strict=True)):
             if sample.output.completion:  # it ended while the step ran

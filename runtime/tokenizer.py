@@ -61,6 +61,10 @@ class Tokenizer:
         """The text of all tokens, special ones left out."""
         return self._library.decode(list(ids))
 
+    def spelling(self, token: int) -> bytes:
+        """The bytes that a token stands for in a text: a special token's are its name, an unknown one has none."""
+        return self._detokenizer.spelling(token)
+
     def detokenizer(self) -> ByteLevelStream | WindowStream:
         """A new stream: pushed one by one, tokens give the same text as `decode`."""
         return self._detokenizer.stream()
@@ -70,7 +74,7 @@ class Tokenizer:
     ) -> str:
         """The conversation as the model was taught to read it. variables: what else the template knows of."""
         if self._template is None:
-            raise RequestError("this model has no chat template; give a plain prompt with --raw")
+            raise RequestError("this model has no chat template; give a plain prompt, with --raw or /v1/completions")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise RequestError(f"message {message!r} is no chat message; give a role and a content")

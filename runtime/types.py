@@ -134,7 +134,8 @@ class EngineLimits:
     """What the engine uses of the device, and how much it queues. None: all that the device has.
 
     max_batch: sequences a step. max_tokens: tokens a step. max_context: tokens of prompt and answer together.
-    max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step.
+    max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step. max_prompt,
+    max_answer: tokens of one prompt, of one sample's answer.
     """
 
     max_batch: int | None = None
@@ -142,6 +143,8 @@ class EngineLimits:
     max_context: int | None = None
     max_chunk: int | None = None
     max_queue: int = 1024
+    max_prompt: int | None = None
+    max_answer: int | None = None
 
 
 # -- what the device takes and gives -----------------------------------------------------------------------------------
@@ -291,6 +294,10 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def spelling(self, token: int) -> bytes: ...
 
     def detokenizer(self) -> TokenStream: ...
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from tilewright.commands import bench, chat, compile, doctor, generate, inspect, tune, verify
+from tilewright.commands import bench, chat, compile, doctor, generate, inspect, serve, tune, verify
 
 
 def register(app: typer.Typer) -> None:
@@ -10,6 +10,7 @@ def register(app: typer.Typer) -> None:
     app.command("compile")(compile.command)
     app.command("generate")(generate.command)
     app.command("chat")(chat.command)
+    app.command("serve")(serve.command)
     app.command("inspect")(inspect.command)
     app.command("verify")(verify.command)
     app.command("bench")(bench.command)
