@@ -105,8 +105,9 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether drawing looks at the tokens so far."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        """Whether drawing looks at the tokens so far. The sampler reads float32, where tiny penalties are none."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return np.array(penalties, np.float32).tolist() != [1, 0, 0]
 
 
 def _real(name: str, value: Any, low: float, high: float, above: bool = False) -> None:

@@ -1,6 +1,8 @@
 """A request's body: read within its limits, and checked against its model."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -11,8 +13,9 @@ from tilewright.runtime.server.requests import Body
 
 B = TypeVar("B", bound=Body)
 
-# The rest of a body that is refused is not read: the connection ends with the answer.
+# The connection ends with the answer to a body that is refused, and little more of it is read before.
 _CLOSE = {"connection": "close"}
+_LINGER_S, _LINGER_BODIES = 0.5, 4
 
 
 async def read(request: Request, model: type[B], limits: ServerLimits) -> B:
@@ -24,23 +27,36 @@ async def read(request: Request, model: type[B], limits: ServerLimits) -> B:
             415, f"the content type is {kind[:64] or 'not given'}; send application/json", code="unsupported_media_type"
         )
     try:
-        raw = await asyncio.wait_for(_read(request, limits.max_body_bytes), limits.body_s)
+        raw = await asyncio.wait_for(_read(request, limits), limits.body_s)
     except asyncio.TimeoutError:
         message = f"the body did not come within {limits.body_s:g} s; send it faster"
         raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
     return model.model_validate_json(raw)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, limits: ServerLimits) -> bytes:
+    most = limits.max_body_bytes
     announced = request.headers.get("content-length", "0")
-    body = bytearray()
+    body, chunks = bytearray(), request.stream()
     if int(announced) <= most:  # h11 has made sure that it is a number
-        async for chunk in request.stream():
+        async for chunk in chunks:
             body += chunk
             if len(body) > most:
                 break
         else:
             return bytes(body)
+    if "expect" not in request.headers:  # such a client asks before it sends
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(chunks, most), min(_LINGER_S, limits.body_s / 2))
     raise ApiError(
         413, f"the body is longer than {most} bytes, the most that is allowed", code="body_too_large", headers=_CLOSE
     )
+
+
+async def _discard(chunks: AsyncIterator[bytes], most: int) -> None:
+    """Reads on: a client that is cut off while it sends may never see the answer."""
+    read = 0
+    async for chunk in chunks:
+        read += len(chunk)
+        if read > _LINGER_BODIES * most:
+            return

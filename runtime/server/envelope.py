@@ -68,8 +68,15 @@ class Envelope:
             self._note(scope, identity, call, status, time.perf_counter() - started_s)
 
     def _admit(self, scope: Scope, identity: str) -> Call:
-        """Raises ApiError where the key is missing, or sends too much."""
+        """Raises ApiError where the headers are too long, the key is missing, or has asked too often."""
         headers = dict(scope["headers"])
+        limit = self._service.limits.max_header_bytes
+        if (
+            sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > limit
+        ):  # h11 looks while some are missing
+            raise ApiError(
+                431, f"the headers are longer than {limit} bytes, the most that is allowed", code="invalid_http"
+            )
         if scope["path"] in self._open_paths:
             return Call(identity, self._service.keys.nobody)
         key = self._service.keys.find(headers.get(b"authorization", b"").decode("latin-1"))

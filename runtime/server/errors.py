@@ -1,5 +1,6 @@
 """Errors as OpenAI's API words them: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Mapping
 
 from pydantic import ValidationError
@@ -18,7 +19,11 @@ _CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
+    "combination": "invalid_combination",
 }
+
+# How pydantic names the alternatives of a field within a path: by type, which is no part of the request.
+_ALTERNATIVE = re.compile(r"str|int|float|bool|.*[\[\]-].*")
 
 
 class ApiError(Exception):
@@ -79,14 +84,17 @@ async def respond(request: Request, error: Exception) -> JSONResponse:
 
 
 def _invalid(error: ValidationError) -> ApiError:
-    """The first complaint of a body's validation; a union's complaints are about its alternatives, and none is more
-    to the point than another, so the shortest path stands for them."""
+    """One complaint of a validation; where a value fits no alternative of its field, that of the likeliest one: whose
+    type is right, or which got furthest."""
     complaints = error.errors(include_url=False, include_context=False, include_input=False)
-    first = min(complaints, key=lambda c: len(c["loc"]))
-    param = ".".join(str(part) for part in first["loc"]) or None
-    code = _CODES.get(first["type"], "invalid_value")
-    words = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{param}: {words}" if param else words, code=code, param=param)
+    worst = max(complaints, key=lambda c: (not c["type"].endswith("_type"), len(c["loc"])))
+    path = [str(part) for part in worst["loc"] if isinstance(part, int) or not _ALTERNATIVE.fullmatch(part)]
+    param, kind, words = ".".join(path) or None, worst["type"], worst["msg"][:1].lower() + worst["msg"][1:]
+    if kind == "extra_forbidden":
+        words = "there is no such parameter; remove it"
+    elif kind == "missing":
+        words = "this parameter is missing; give it"
+    return ApiError(400, f"{param}: {words}" if param else words, code=_CODES.get(kind, "invalid_value"), param=param)
 
 
 def _routed(error: HTTPException) -> ApiError:

@@ -144,6 +144,7 @@ async def start(
     generation = Generation(service, call, served, served.engine.open(requests), http)
     for request in requests:
         service.metrics.prompt.labels(served.name).observe(request.prompt_tokens)
+    service.metrics.prompt_tokens.labels(served.name).inc(generation.prompt_tokens)
     return generation
 
 

@@ -10,7 +10,7 @@ import logging.handlers
 import queue
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,4 +95,5 @@ def logging_to(path: Path | None) -> Iterator[None]:
             each.propagate = True
         listener.stop()
         if path is not None:
-            stream.close()
+            with suppress(OSError):
+                stream.close()

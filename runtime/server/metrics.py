@@ -36,6 +36,9 @@ class ServerMetrics:
         self.queue = histogram("request_queue_time_seconds", "Submission to first step.", _WHOLE_S)
         self.prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.answer = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self.prompt_tokens = Counter(
+            f"{prefix}:prompt_tokens", "Tokens of all prompts.", ["model_name"], registry=self.registry
+        )
         self.ended = Counter(
             f"{prefix}:request_success",
             "Samples that ended, by how.",

@@ -38,7 +38,10 @@ class Endpoint:
 
 
 def document(endpoints: Sequence[Endpoint], models: Sequence[str], keyed: bool) -> Json:
-    """An OpenAPI 3.1 document. models: the names that are served. keyed: whether there are API keys."""
+    """An OpenAPI 3.2 document: earlier versions have no words for the events of a stream.
+
+    models: the names that are served. keyed: whether there are API keys.
+    """
     types = {t for e in endpoints for t in (e.body, e.answer, e.chunk) if t is not None} | {ErrorAnswer}
     adapters = [(t, "validation", TypeAdapter(t)) for t in sorted(types, key=lambda t: t.__name__)]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template=_REFERENCE)  # type: ignore[arg-type]
@@ -53,7 +56,7 @@ def document(endpoints: Sequence[Endpoint], models: Sequence[str], keyed: bool) 
         path = endpoint.path.replace(":path}", "}")
         paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, references, models, keyed)
     result: Json = {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "Tilewright", "version": __version__, "description": _ABOUT},
         "paths": paths,
         "components": {"schemas": components},
@@ -69,16 +72,23 @@ _ABOUT = (
 )
 
 
+def _event(chunk: Json) -> Json:
+    """The schema of one event of a stream."""
+    said = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [chunk, {"$ref": _REFERENCE.format(model="ErrorAnswer")}]},
+        "description": "A chunk; an error, and nothing after it, where the engine fails.",
+    }
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, said]}}}
+
+
 def _operation(endpoint: Endpoint, references: dict[Any, Json], models: Sequence[str], keyed: bool) -> Json:
     content: Json = {"application/json": {"schema": references[endpoint.answer]}} if endpoint.answer else {}
     if endpoint.answer is None:
         content["text/plain"] = {"schema": {"type": "string"}}
     if endpoint.chunk is not None:
-        name = references[endpoint.chunk]["$ref"].rpartition("/")[2]
-        text = (
-            f"Lines `data: ` with a {name} each, then `data: [DONE]`; an error's body instead where the engine fails."
-        )
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        content["text/event-stream"] = {"itemSchema": _event(references[endpoint.chunk])}
     responses: Json = {"200": {"description": "Done.", "content": content}}
     failed = references[endpoint.answer] if endpoint.public else references[ErrorAnswer]
     for status in endpoint.statuses:

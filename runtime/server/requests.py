@@ -7,17 +7,32 @@ the context, that a token is in the vocabulary) the engine checks.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from tilewright.runtime.server.limits import MAX_BIASES, MAX_MESSAGES, MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS
+from tilewright.runtime.server.limits import MAX_BIASES, MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS
 from tilewright.runtime.types import SamplingParams
 
 _INT31 = 2**31 - 1
 _INT63 = 2**63 - 1
 
-Count = Annotated[int, Field(ge=1, le=_INT31)]
+
+def _whole(value: Any) -> Any:
+    """2.0 is the same number as 2 in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _wholes(values: Any) -> Any:
+    """As `_whole`, for lists that may be long."""
+    return [_whole(v) for v in values] if isinstance(values, list) and float in set(map(type, values)) else values
+
+
+# After a Field, whose limits would not reach the document otherwise.
+Integral, Integrals = BeforeValidator(_whole), BeforeValidator(_wholes)
+
+Count = Annotated[int, Field(ge=1, le=_INT31), Integral]
 TokenId = Annotated[int, Field(ge=0, le=_INT31)]
+TokenIds = Annotated[list[TokenId], Integrals]
 Share = Annotated[float, Field(gt=0, le=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -46,13 +61,13 @@ class SampledBody(ModelBody):
 
     temperature: Temperature | None = Field(None, description="0 takes the likeliest token each time; default 1.")
     top_p: Share | None = Field(None, description="Draw from the likeliest tokens of this total probability.")
-    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = Field(
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES), Integral] | None = Field(
         None, description="Answers to one prompt, computed together: at most the sequences of a step."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="The text ends before the first of these."
     )
-    seed: Annotated[int, Field(ge=0, le=_INT63)] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=_INT63), Integral] | None = Field(
         None, description="The same seed and request give the same tokens, whatever else the server does."
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -68,21 +83,21 @@ class SampledBody(ModelBody):
     user: Label | None = Field(None, description="Ignored.")
     metadata: dict[str, Label] | None = Field(None, description="Ignored.")
     # Extensions to OpenAI's API; its Python client sends them as `extra_body`.
-    top_k: Annotated[int, Field(ge=0, le=_INT31)] | None = Field(None, description="Extension: 0 is off.")
+    top_k: Annotated[int, Field(ge=0, le=_INT31), Integral] | None = Field(None, description="Extension: 0 is off.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Extension: leaves out tokens less likely than this share of the likeliest."
     )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         None, description="Extension: 1 is off."
     )
-    min_tokens: Annotated[int, Field(ge=0, le=_INT31)] | None = Field(
+    min_tokens: Annotated[int, Field(ge=0, le=_INT31), Integral] | None = Field(
         None, description="Extension: no end before so many tokens."
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS), Integrals] | None = Field(
         None, description="Extension: tokens that end an answer, beside the model's own."
     )
     ignore_eos: bool | None = Field(None, description="Extension: the model's own end tokens do not end an answer.")
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(
+    priority: Annotated[int, Field(ge=-1000, le=1000), Integral] | None = Field(
         None, description="Extension: higher goes first; default 0. A key may have an upper limit."
     )
     deadline_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
@@ -135,7 +150,7 @@ class TextPart(Body):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
 
 
 class ChatMessage(Body):
@@ -160,7 +175,9 @@ class ChatRequest(SampledBody):
     max_completion_tokens: Count | None = Field(None, description="By default what the context leaves.")
     max_tokens: Count | None = Field(None, description="The older name of max_completion_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Beside logprobs: true only.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = Field(
+        None, description="Beside logprobs: true only."
+    )
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
@@ -182,7 +199,7 @@ class ChatRequest(SampledBody):
 
 # -- completions -------------------------------------------------------------------------------------------------------
 
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1), Integrals]
 
 
 class CompletionRequest(SampledBody):
@@ -193,7 +210,7 @@ class CompletionRequest(SampledBody):
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Count | None = Field(None, description="Default 16, as OpenAI has it.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = None
     echo: bool | None = Field(None, description="The prompt's text before the answer's; not beside logprobs.")
 
     @model_validator(mode="after")
@@ -229,4 +246,4 @@ class TokenizeRequest(ModelBody):
 
 
 class DetokenizeRequest(ModelBody):
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -35,10 +35,11 @@ class Models:
     """All that is served. RequestError where two have one name."""
 
     def __init__(self, served: Sequence[Served]) -> None:
-        self._by_name = {each.name: each for each in served}
-        if len(self._by_name) < len(served):
-            twice = next(s.name for s in served if self._by_name[s.name] is not s)
-            raise RequestError(f"two models are named {twice!r}; name one of them otherwise, as NAME=MODEL")
+        self._by_name: dict[str, Served] = {}
+        for each in served:
+            if each.name in self._by_name:
+                raise RequestError(f"two models are named {each.name!r}; name one of them otherwise, as NAME=MODEL")
+            self._by_name[each.name] = each
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._by_name.values())

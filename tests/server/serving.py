@@ -105,8 +105,8 @@ class Running:
 
 
 def post(path: str, body: bytes, extra: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
-    return head.encode() + body
+    kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"POST {path} HTTP/1.1\r\nHost: test\r\n{kind}{extra}\r\n".encode() + body
 
 
 def receive_until(connection: socket.socket, mark: bytes | None) -> bytes:
@@ -174,8 +174,10 @@ def _listens(port: int) -> bool:
 def answer_to(prompt: list[int] | str, params: SamplingParams, index: int = 0) -> str:
     """The text that the device says, computed without engine and server."""
     tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
-    said = expected(tokens, params, index, stop_ids=TOKENIZER.stop_token_ids, limits=LIMITS)
-    return TOKENIZER.decode(said)
+    ends = () if params.ignore_eos else TOKENIZER.stop_token_ids
+    said = expected(tokens, params, index, stop_ids=ends, limits=LIMITS)
+    ended = said[-1] in (*ends, *params.stop_token_ids)
+    return TOKENIZER.decode(said[:-1] if ended else said)
 
 
 def chat_prompt(messages: list[dict[str, Any]]) -> list[int]:
