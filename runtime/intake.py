@@ -115,15 +115,15 @@ class Intake:
 
     def _max_tokens(self, prompt: int, params: SamplingParams) -> int:
         """How many tokens the answer may have; prompt and answer together fit context and pool."""
-        if prompt > self._max_prompt:
-            raise ContextLengthError(
-                f"the prompt of {prompt} tokens is above {self._max_prompt}, the most that is allowed; shorten it"
-            )
         left = self._capacity - prompt
         if left < 1:
             raise ContextLengthError(
                 f"the prompt of {prompt} tokens is longer than {self._capacity - 1}, what context and KV pages hold "
                 "beside one token of answer; shorten it, or compile the model for a longer context"
+            )
+        if prompt > self._max_prompt:
+            raise ContextLengthError(
+                f"the prompt of {prompt} tokens is above {self._max_prompt}, the most that is allowed; shorten it"
             )
         if params.max_tokens is not None and params.max_tokens > left:
             raise ContextLengthError(

@@ -52,7 +52,7 @@ class Tls:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address. port 0 is any that is free. Raises UserError."""
+    """A socket at an address, not listening yet. port 0 is any that is free. Raises UserError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
@@ -73,6 +73,7 @@ class Server:
     def __init__(self, app: Starlette, service: Service, bound: socket.socket, tls: Tls | None = None) -> None:
         self._service, self._bound = service, bound
         self._http = _Http(_config(app, service, tls))
+        bound.listen(self._http.config.backlog)  # who connects from here on is answered once it runs
 
     def end(self) -> None:
         """What a signal does, for other threads: the first call drains, the second cuts."""

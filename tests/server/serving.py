@@ -151,7 +151,6 @@ def running(
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    wait_until(lambda: _listens(it.port))
     try:
         yield it
     finally:
@@ -161,14 +160,6 @@ def running(
         server.end()
         thread.join(20)
         assert not thread.is_alive(), "the server does not end"
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 def answer_to(prompt: list[int] | str, params: SamplingParams, index: int = 0) -> str:

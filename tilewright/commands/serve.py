@@ -88,12 +88,12 @@ def command(
     with bound, logging_to(log_file):
         served = open_served(models, threads, engine_limits)
         service = Service.of(served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix)
-        app = create_app(service, cors_origin or ())
+        server = lifecycle.Server(create_app(service, cors_origin or ()), service, bound, tls)
         where = f"{'https' if tls else 'http'}://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
         log("serving", url=where, models=[each.name for each in served], keys=not keys.open)
         console.note(f"serving {', '.join(each.name for each in served)} at {where}")
         if keys.open and host not in ("127.0.0.1", "::1", "localhost"):
             console.warn("anybody who reaches this address may ask; give --api-keys")
-        code = lifecycle.Server(app, service, bound, tls).run()
+        code = server.run()
     lifecycle.leave(code)
     sys.exit(code)
