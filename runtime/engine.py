@@ -54,7 +54,7 @@ class Engine:
         budget, capacity = resolve_limits(self.limits, model.limits)
         self.capacity = capacity  # tokens of prompt and answer together, at most
         self.vocab_size = model.limits.vocab_size
-        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock)
+        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock, self.limits.keep_prefixes)
         self._intake = Intake(
             model.limits,
             budget,

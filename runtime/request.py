@@ -70,8 +70,8 @@ class Request:
     """One submitted prompt. Times in seconds of the engine's clock.
 
     prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
-    arrival: unique, in order of submission. events: called on the engine's thread, must not raise. release: called
-    once, when the request leaves the queue.
+    arrival: unique, in order of submission. cached_tokens: of the prompt, taken from the cache when it started.
+    events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.
     """
 
     prompt: np.ndarray
@@ -83,6 +83,7 @@ class Request:
     load_s: float = 0.0
     submitted_s: float = 0.0
     started_s: float | None = None
+    cached_tokens: int = 0
     events: Callable[["Request", StreamEvent], None] = _ignore
     release: Callable[[], None] | None = None
     samples: list["Sample"] = field(default_factory=list)

@@ -19,10 +19,17 @@ class ErrorAnswer(TypedDict):
     error: ErrorDetail
 
 
+class PromptDetails(TypedDict):
+    """cached_tokens: of the prompt, computed for an earlier request."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------

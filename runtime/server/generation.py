@@ -47,7 +47,12 @@ class Generation:
     @property
     def usage(self) -> Usage:
         prompt = self.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": self.drawn, "total_tokens": prompt + self.drawn}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.drawn,
+            "total_tokens": prompt + self.drawn,
+            "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in self.requests)},
+        }
 
     def cut(self, why: StopReason) -> None:
         """Ends it here: what is there by now is the answer."""

@@ -90,4 +90,6 @@ _COUNTERS = (
     ("num_preemptions", "Sequences that gave up their pages.", lambda s: s.engine.stats.preemptions),
     ("computed_tokens", "Tokens of prompts and answers that steps computed.", lambda s: s.engine.stats.tokens),
     ("generation_tokens", "Tokens drawn.", lambda s: s.engine.stats.drawn),
+    ("prefix_cache_queries", "Tokens of prompts that were looked for.", lambda s: s.engine.stats.prefix_queries),
+    ("prefix_cache_hits", "Tokens of prompts that were in the cache.", lambda s: s.engine.stats.prefix_hits),
 )

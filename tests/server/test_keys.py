@@ -58,7 +58,7 @@ def test_requests_a_minute() -> None:
 def test_tokens_a_minute_count_prompts_and_answers() -> None:
     with running(keys=[key(tokens_per_minute=30)]) as server:
         ask = {"max_tokens": 30, "ignore_eos": True, "headers": bearer()}
-        assert server.chat(**ask)[2]["usage"] == {"prompt_tokens": 6, "completion_tokens": 30, "total_tokens": 36}
+        assert server.chat(**ask)[2]["usage"]["total_tokens"] == 36
         status, headers, _ = server.chat(**ask)
         assert status == 429 and headers["retry-after"] == "24", "36 of 30 are used, and 6 more are wanted"
         status, _, body = server.chat(**ask, messages=[{"role": "user", "content": "dog " * 30}])

@@ -45,6 +45,18 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert gained["http_requests_total{path=/v1/chat/completions,status=400}"] == 1
 
 
+def test_a_prompt_that_begins_like_another_is_counted(server: Running) -> None:
+    before = metrics(server)
+    asked = [{"role": "user", "content": "the lazy dog sleeps " * 6 + end} for end in ("a", "b")]
+    first, second = (server.chat(messages=[message], max_tokens=2)[2]["usage"] for message in asked)
+    prompt, cached = second["prompt_tokens"], second["prompt_tokens_details"]["cached_tokens"]
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert prompt - 8 < cached < prompt and cached % 4 == 0
+    after = metrics(server)
+    assert after["prefix_cache_queries_total"] - before["prefix_cache_queries_total"] == 2 * prompt
+    assert after["prefix_cache_hits_total"] - before["prefix_cache_hits_total"] == cached
+
+
 def test_metrics_show_what_runs(server: Running) -> None:
     server.model.gate.clear()
     threads = [threading.Thread(target=server.chat) for _ in range(10)]

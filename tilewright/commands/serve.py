@@ -49,6 +49,9 @@ def command(
     metrics_prefix: Annotated[
         str, typer.Option(metavar="NAME", help="Of metrics; with vllm its dashboards work as they are.")
     ] = "tilewright",
+    no_prefix_cache: Annotated[
+        bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its first token.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Serve models by OpenAI's API, until SIGTERM."""
@@ -84,7 +87,12 @@ def command(
     if tls is not None:
         tls.check()
     bound = lifecycle.bind(host, port)
-    engine_limits = EngineLimits(max_queue=max_queue, max_prompt=max_prompt_tokens, max_answer=max_output_tokens)
+    engine_limits = EngineLimits(
+        max_queue=max_queue,
+        max_prompt=max_prompt_tokens,
+        max_answer=max_output_tokens,
+        keep_prefixes=not no_prefix_cache,
+    )
     with bound, logging_to(log_file):
         served = open_served(models, threads, engine_limits)
         service = Service.of(served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix)
