@@ -85,7 +85,7 @@ class EngineCore:
     policy: Policy
     costs: Costs | None = None
     clock: Clock = time.perf_counter
-    keep_prefixes: bool = True
+    keep_prefixes: bool = False
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
     swapped: list[Sample] = field(default_factory=list)

@@ -137,7 +137,8 @@ class EngineLimits:
     max_batch: sequences a step. max_tokens: tokens a step. max_context: tokens of prompt and answer together.
     max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step. max_prompt,
     max_answer: tokens of one prompt, of one sample's answer. keep_prefixes: requests that begin alike share what is
-    computed of it, as long as there are pages; results are the same.
+    computed of it, as long as there are pages; results are the same. Off unless asked for, so that what is timed or
+    compared is computed.
     """
 
     max_batch: int | None = None
@@ -147,7 +148,7 @@ class EngineLimits:
     max_queue: int = 1024
     max_prompt: int | None = None
     max_answer: int | None = None
-    keep_prefixes: bool = True
+    keep_prefixes: bool = False
 
 
 # -- what the device takes and gives -----------------------------------------------------------------------------------

@@ -27,14 +27,14 @@ class Session:
 
 
 @contextmanager
-def open_session(model: str, threads: int | None = None) -> Iterator[Session]:
+def open_session(model: str, threads: int | None = None, limits: "EngineLimits | None" = None) -> Iterator[Session]:
     """Loads `model`, an artifact or anything that can be compiled into one, and closes the engine at the end."""
     from tilewright.cache import artifact_path
     from tilewright.runtime.engine import Engine
     from tilewright.runtime.model import load
 
     loaded = load(artifact_path(model), threads=_threads(threads))
-    engine = Engine(loaded)
+    engine = Engine(loaded, limits)
     try:
         yield Session(loaded, engine)
     finally:

@@ -267,7 +267,7 @@ class Bench:
     ) -> None:  # fmt: skip
         self.model = FakeModel(device, tokenizer, runs_ahead=runs_ahead, host_pages=host_pages)
         budget, capacity = resolve_limits(limits or EngineLimits(), device)
-        keep = limits is None or limits.keep_prefixes
+        keep = limits is not None and limits.keep_prefixes
         self.core = EngineCore(
             executor or self.model, budget, policy or FCFS(), self.model.costs, self.model.clock, keep
         )

@@ -165,6 +165,7 @@ def test_offers_that_lapsed_do_not_pile_up() -> None:
     pool.check([])
 
 
+KEEP = EngineLimits(keep_prefixes=True)
 SYSTEM = list(range(30))  # seven pages and a half
 
 
@@ -179,7 +180,7 @@ def ask(bench: Bench, prompt: list[int], **fields: object) -> int:
 
 
 def test_what_begins_alike_is_computed_once() -> None:
-    bench = Bench()
+    bench = Bench(limits=KEEP)
     assert ask(bench, [*SYSTEM, 40]) == 31 + 2
     assert ask(bench, [*SYSTEM, 41]) == 31 - 28 + 2, "seven whole pages are there"
     assert ask(bench, [*SYSTEM, 41], n=3) == 31 - 28 + 6
@@ -190,20 +191,20 @@ def test_what_begins_alike_is_computed_once() -> None:
 
 
 def test_a_conversation_goes_on_from_its_own_answer() -> None:
-    bench = Bench()
+    bench = Bench(limits=KEEP)
     [first] = bench.complete(SYSTEM, SamplingParams(seed=1, max_tokens=11))
     prompt = [*SYSTEM, *first.token_ids, 7, 7]
     assert ask(bench, prompt) == 43 - 40 + 2, "of 41 tokens 40 are computed and fill ten pages"
 
 
 def test_where_answers_are_not_computed_as_prompts_are_only_prompts_are_kept() -> None:
-    bench = Bench(host_pages=8)
+    bench = Bench(limits=KEEP, host_pages=8)
     [first] = bench.complete(SYSTEM, SamplingParams(seed=1, max_tokens=11))
     assert ask(bench, [*SYSTEM, *first.token_ids, 7, 7]) == 43 - 28 + 2
 
 
 def test_requests_at_the_same_time_share_what_one_of_them_has_computed() -> None:
-    bench = Bench()
+    bench = Bench(limits=KEEP)
     first = bench.submit([*SYSTEM, 40], SamplingParams(seed=1, max_tokens=40))
     bench.core.turn()
     used = bench.core.load.used_pages

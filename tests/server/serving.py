@@ -133,7 +133,7 @@ def wait_until(true: Callable[[], Any], most_s: float = 10.0) -> None:
 @contextmanager
 def running(
     limits: ServerLimits | None = None,
-    engine_limits: EngineLimits | None = None,
+    engine_limits: EngineLimits = EngineLimits(keep_prefixes=True),  # noqa: B008  frozen
     keys: list[Key] | None = None,
     names: tuple[str, ...] = (MODEL,),
     cors_origins: tuple[str, ...] = (),
