@@ -28,20 +28,20 @@ from tilewright.runtime.server.service import Service
 from tilewright.runtime.types import DeviceLimits, StepBatch, StepResult
 
 HERE = Path(__file__).parent
-STREAMS, STEP_S, ANSWER = 100, 0.02, 100
+STREAMS, STEP_S, ANSWER = 100, 0.02, 300
 CHATS, CHAT_ANSWER, CHAT_ROUNDS = 64, 64, 3
 SYSTEM_TOKENS = 2000
 WORDS = ["the", "river", "mountain", "compiler", "page", "of", "under", "quick", "slow", "green", "tree", "over"]
 
 
 def run(args: argparse.Namespace) -> None:
-    import cpu_model
+    from compile_time import processor
 
     wanted = set(args.only or SERVING_CASES)
     results = Results(
         args.results or HERE / "results" / "serving.jsonl",
         SERVING_CASES,
-        about(args.commit, cpu_model.device(), ("starlette", "uvicorn", "h11"), threads=args.threads),
+        about(args.commit, processor(), ("starlette", "uvicorn", "h11"), threads=args.threads),
     )
     if "http-overhead" in wanted:
         results.add("http-overhead", "tilewright", [http_overhead() for _ in range(args.rounds)])

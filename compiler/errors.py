@@ -33,5 +33,9 @@ class ContextLengthError(RequestError):
     """Prompt and answer are longer than what the model reads at once."""
 
 
+class GrammarError(RequestError):
+    """An answer's form is not understood, or not supported."""
+
+
 class QueueFullError(RequestError):
     """As many requests wait as may; the same one may be sent again later."""

@@ -175,8 +175,8 @@ class EngineCore:
 
     def _schedule(self) -> Plan[Sample] | None:
         """The next step, its samples on the list of those that run. None where the last one must be processed first."""
-        if self._flights and any(sample.counts is not None for sample in self._flights[-1].rows):
-            self._process()  # penalties are made from the values of tokens
+        if self._flights and any(sample.reads_tokens for sample in self._flights[-1].rows):
+            self._process()  # penalties and grammars go by the values of tokens
         self._swap_back()
         plan = self._plan()
         if plan is not None and self._flights and (plan.preempt or not plan.chunks):

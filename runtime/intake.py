@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.compiler.errors import ContextLengthError, RequestError
+from tilewright.compiler.errors import ContextLengthError, GrammarError, RequestError
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.policy import Budget
 from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams, TextCodec
@@ -83,7 +83,18 @@ class Intake:
         )
         streams = (self._tokenizer.detokenizer() if self._tokenizer else None for _ in range(params.n))
         request.samples = [Sample(request, index, stream) for index, stream in enumerate(streams)]
+        self._constrain(request)
         return request
+
+    def _constrain(self, request: Request) -> None:
+        """Gives every sample its own way through the grammar, if there is one."""
+        if request.params.grammar is None:
+            return
+        if self._tokenizer is None:
+            raise GrammarError("a grammar needs a tokenizer, which this model lacks; remove it")
+        constraint = self._tokenizer.constraint(request.params.grammar, self._device.vocab_size)
+        for sample in request.samples:
+            sample.constraint = constraint.copy()
 
     def _tokens(self, prompt: Prompt) -> np.ndarray:
         """int32[n], n >= 1, all within the vocabulary."""

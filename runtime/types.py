@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 from tilewright.compiler.errors import RequestError
+from tilewright.runtime.grammar import Constraint, Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -38,6 +39,7 @@ class SamplingParams:
     max_tokens: None is as many as context and page pool hold. min_tokens: no stop before that many.
     logprobs: None is off, else how many alternatives come with each token's own. deadline_s: seconds from submission.
     priority: higher goes first; a stream of higher ones can hold a lower one back for ever.
+    grammar: the answer keeps to it, and ends where it ends.
     """
 
     temperature: float = 1.0
@@ -58,6 +60,7 @@ class SamplingParams:
     logprobs: int | None = None
     deadline_s: float | None = None
     priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -91,6 +94,9 @@ class SamplingParams:
         if self.deadline_s is not None:
             _real("deadline_s", self.deadline_s, 0, 1e9, above=True)
         _whole("priority", self.priority, -_INT32_MAX, _INT32_MAX)
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise RequestError(f"{name} keeps an answer from ending where its grammar ends; drop one of the two")
 
     def _normalise(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -302,6 +308,8 @@ class TextCodec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def spelling(self, token: int) -> bytes: ...
+
+    def constraint(self, grammar: Grammar, vocab_size: int) -> Constraint: ...
 
     def detokenizer(self) -> TokenStream: ...
 

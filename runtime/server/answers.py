@@ -5,7 +5,7 @@ from typing import Any, Literal
 from typing_extensions import NotRequired, TypedDict
 
 FinishReason = Literal["stop", "length"]
-StopReason = Literal["deadline", "shutdown"]
+StopReason = Literal["deadline", "shutdown", "grammar"]
 
 
 class ErrorDetail(TypedDict):

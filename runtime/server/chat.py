@@ -73,7 +73,7 @@ class _Answer:
             yield self._frame([]) | {"usage": self._generation.usage}
 
     def _choice(self, index: int, completion: Completion) -> ChatChoice:
-        reason, more = self._generation.reasons(completion)
+        reason, more = self._generation.reasons(index, completion)
         choice: ChatChoice = {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
@@ -85,7 +85,7 @@ class _Answer:
     def _chunk(
         self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, end: Completion | None = None
     ) -> ChatCompletionChunk:
-        reason, more = (None, None) if end is None else self._generation.reasons(end)
+        reason, more = (None, None) if end is None else self._generation.reasons(index, end)
         choice: ChatChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._frame([choice if more is None else {**choice, "stop_reason": more}])
 

@@ -74,7 +74,7 @@ class _Answer:
     def _choice(
         self, index: int, text: str, logprobs: TextLogprobs | None, end: Completion | None = None
     ) -> TextChoice:
-        reason, more = (None, None) if end is None else self._generation.reasons(end)
+        reason, more = (None, None) if end is None else self._generation.reasons(index, end)
         choice: TextChoice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return choice if more is None else {**choice, "stop_reason": more}
 

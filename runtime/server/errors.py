@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from tilewright.compiler.errors import ContextLengthError, QueueFullError, UserError
+from tilewright.compiler.errors import ContextLengthError, GrammarError, QueueFullError, UserError
 from tilewright.runtime.server.answers import ErrorAnswer
 from tilewright.runtime.types import EngineError
 
@@ -66,6 +66,8 @@ def as_api_error(error: Exception) -> ApiError:
         return _invalid(error)
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="unsupported_grammar")
     if isinstance(error, QueueFullError):
         return too_many(str(error), 1, "queue_full")
     if isinstance(error, UserError):

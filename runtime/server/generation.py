@@ -75,8 +75,12 @@ class Generation:
                 found[choice] = event.completion
         return [found[choice] for choice in range(self.choices)]
 
-    def reasons(self, completion: Completion) -> tuple[FinishReason, StopReason | None]:
-        """OpenAI's reason for the end, and ours where it has no word for it."""
+    def reasons(self, choice: int, completion: Completion) -> tuple[FinishReason, StopReason | None]:
+        """OpenAI's reason for the end of a choice, and ours where it has no word for it."""
+        place, index = divmod(choice, len(self.requests[0].samples))
+        constraint = self.requests[place].samples[index].constraint
+        if constraint is not None and constraint.error is not None:
+            return "length", "grammar"
         if completion.finish_reason == "deadline":
             return "length", "deadline"
         if completion.finish_reason == "cancelled":
@@ -118,7 +122,7 @@ class Generation:
                 metrics.between_tokens.labels(name).observe(now_s - last_s)
             self._last_s[choice] = now_s
         if (completion := event.completion) is not None:
-            reason, more = self.reasons(completion)
+            reason, more = self.reasons(choice, completion)
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
             metrics.answer.labels(name).observe(len(completion.token_ids))
             metrics.ended.labels(
@@ -141,7 +145,7 @@ async def start(
     def encode() -> list[Request]:
         return [served.engine.request(prompt, params) for prompt in prompts]
 
-    requests = await service.encode(_length(prompts) > _LONG, encode)
+    requests = await service.encode(params.grammar is not None or _length(prompts) > _LONG, encode)
     service.check_open()  # it may have been told to end meanwhile
     if served.engine.failure is not None:
         raise EngineError("it has failed")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MAX_SAMPLES = 128  # n: more come cheaper as further requests
 MAX_STOPS = 16
+MAX_CHOICES = 1024
 MAX_BIASES = 1024  # each is looked up by the sampler in every step
 MAX_PROMPTS = 128  # of one completion request: they are queued all or none
 MAX_MESSAGES = 1024

@@ -5,12 +5,22 @@ as OpenAI does: a misspelt option would be ignored otherwise. What the fields' r
 the context, that a token is in the vocabulary) the engine checks.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from tilewright.runtime.server.limits import MAX_BIASES, MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS
+from tilewright.runtime.grammar import Grammar
+from tilewright.runtime.server.limits import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    MAX_SAMPLES,
+    MAX_STOPS,
+)
 from tilewright.runtime.types import SamplingParams
 
 _INT31 = 2**31 - 1
@@ -54,6 +64,35 @@ class ModelBody(Body):
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="A last chunk without choices counts the tokens.")
+
+
+class StructuredOutputs(Body):
+    """The form of an answer: one of these."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json", description="A JSON schema.")
+    regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="Of the whole answer.")
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)] | None = (
+        None
+    )
+    grammar: Annotated[str, Field(min_length=1)] | None = Field(None, description="In Lark's notation.")
+
+    @model_validator(mode="after")
+    def _one(self) -> "StructuredOutputs":
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
+            raise PydanticCustomError("combination", "structured_outputs has one of json, regex, choice and grammar")
+        return self
+
+    @property
+    def form(self) -> Grammar:
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar.choice(self.choice)
+        if self.grammar is not None:
+            return Grammar("lark", self.grammar)
+        return Grammar("json_schema", json.dumps(self.json_schema))
 
 
 class SampledBody(ModelBody):
@@ -106,6 +145,10 @@ class SampledBody(ModelBody):
         "stop_reason deadline.",
     )
 
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="Extension: the form that the answer has, unless it is cut off."
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> "SampledBody":
         if self.temperature is not None and 0 < self.temperature < 1e-3:
@@ -113,6 +156,11 @@ class SampledBody(ModelBody):
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("combination", "stream_options goes with stream: true only; drop it")
         return self
+
+    @property
+    def form(self) -> Grammar | None:
+        """The form of the answer, if it has one."""
+        return None if self.structured_outputs is None else self.structured_outputs.form
 
     def sampling(self, max_tokens: int | None, logprobs: int | None, most_s: float) -> SamplingParams:
         """For the engine. most_s: how long a request may take at all. Raises RequestError."""
@@ -132,6 +180,7 @@ class SampledBody(ModelBody):
             "min_tokens": self.min_tokens,
             "ignore_eos": self.ignore_eos,
             "priority": self.priority,
+            "grammar": self.form,
         }
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         deadline_s = most_s if self.deadline_s is None else min(self.deadline_s, most_s)
@@ -166,8 +215,32 @@ class ChatMessage(Body):
         return message if self.name is None else message | {"name": self.name}
 
 
-class ResponseFormat(Body):
+class TextFormat(Body):
     type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """name, description, strict: ignored; the answer keeps to the schema in any case."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+_ANY_OBJECT = '{"type": "object"}'
 
 
 class ChatRequest(SampledBody):
@@ -186,7 +259,17 @@ class ChatRequest(SampledBody):
             raise PydanticCustomError("combination", "top_logprobs goes with logprobs: true only; add it")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise PydanticCustomError("combination", "max_tokens is the older name of max_completion_tokens; drop one")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise PydanticCustomError("combination", "response_format and structured_outputs say the same; drop one")
         return self
+
+    @property
+    def form(self) -> Grammar | None:
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return Grammar("json_schema", json.dumps(self.response_format.json_schema.json_schema))
+        return (
+            Grammar("json_schema", _ANY_OBJECT) if isinstance(self.response_format, JsonObjectFormat) else super().form
+        )
 
     @property
     def output_limit(self) -> int | None:

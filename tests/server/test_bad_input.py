@@ -107,7 +107,11 @@ CHAT_WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "context_length_exceeded",
         "the prompt of 20",
     ),
-    "json_wanted": ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+    "json_wanted": (
+        {"response_format": {"type": "xml"}},
+        "invalid_value",
+        "'text', 'json_object', 'json_schema'",
+    ),
 }
 
 
