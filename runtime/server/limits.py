@@ -13,12 +13,11 @@ MAX_PARTS = 64  # of one message
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Every time is in seconds, and 0 < value; None leaves the limit to the model.
+    """Every time is in seconds, above 0. Limits of prompts, answers and the queue are the engine's (EngineLimits).
 
     max_body_bytes: a request's body; a context of a million tokens is about 4 MiB of text.
     max_header_bytes: a request's line and headers, which h11 keeps in memory until they are complete.
     max_connections: open sockets; each costs some 100 kB with its buffers.
-    max_prompt_tokens, max_output_tokens: of one prompt, of one sample.
     header_s, body_s: a whole header, a whole body must have come by then; a slow sender holds a socket no longer.
     send_s: a reader that takes nothing for so long is cut off, its request cancelled.
     idle_s: a kept-alive connection without a request.
@@ -30,8 +29,6 @@ class ServerLimits:
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
     max_connections: int = 2048
-    max_prompt_tokens: int | None = None
-    max_output_tokens: int | None = None
     header_s: float = 10.0
     body_s: float = 30.0
     send_s: float = 30.0
