@@ -47,12 +47,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine holds at one moment. waiting, running: samples. pages, used_pages: of the KV pool."""
+    """What an engine holds at one moment. waiting, running: samples. pages, used_pages: of the KV pool. kept_pages: of
+    those not in use, hold what later prompts may begin with."""
 
     waiting: int
     running: int
     pages: int
     used_pages: int
+    kept_pages: int
 
 
 @dataclass
@@ -121,7 +123,8 @@ class EngineCore:
     @property
     def load(self) -> Load:
         waiting = len(self._inbox) + len(self.waiting) + len(self.swapped)
-        return Load(waiting, len(self.running), self.pool.num_pages, self.pool.num_pages - self.pool.free)
+        pool = self.pool
+        return Load(waiting, len(self.running), pool.num_pages, pool.num_pages - pool.free, pool.idle)
 
     # -- from the loop's thread --
 

@@ -47,6 +47,11 @@ class PagePool:
     def free(self) -> int:
         return len(self._free) + self._idle
 
+    @property
+    def idle(self) -> int:
+        """Kept pages that no table holds: free, but not empty."""
+        return self._idle
+
     def extend(self, table: PageTable, stored: int, tokens: int) -> tuple[int, int] | None:
         """Makes room in `table` for `tokens` more after the `stored` ones, all of them in pages that nobody else reads.
 

@@ -157,6 +157,29 @@ class Version(TypedDict):
     version: str
 
 
+class ModelFigures(TypedDict):
+    """running, waiting: sequences. pages: of the KV pool, used_pages hold running sequences, and kept_pages, of the
+    others, what later prompts may begin with. The rest counts from the start: tokens drawn, tokens of prompts that were
+    looked for in the cache, and those found."""
+
+    model: str
+    running: int
+    waiting: int
+    pages: int
+    used_pages: int
+    kept_pages: int
+    generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+class Figures(TypedDict):
+    """time_s: by the server's clock, from any beginning, so that rates are differences over its differences."""
+
+    time_s: float
+    models: list[ModelFigures]
+
+
 class Health(TypedDict):
     status: Literal["ok", "dead", "stalled", "draining"]
 

@@ -16,6 +16,7 @@ from tilewright.runtime.server.completions import completions
 from tilewright.runtime.server.envelope import Envelope
 from tilewright.runtime.server.errors import ApiError, respond
 from tilewright.runtime.server.openapi import Endpoint, document
+from tilewright.runtime.server.page import PAGE
 from tilewright.runtime.server.service import Service
 from tilewright.runtime.types import EngineError
 
@@ -77,6 +78,7 @@ ENDPOINTS = (
         refusals=(503,),
     ),
     Endpoint("GET", "/metrics", operations.metrics, "Metrics for Prometheus."),
+    Endpoint("GET", "/figures", operations.figures, "What runs, waits and is kept right now.", answer=answers.Figures),
     Endpoint("GET", "/version", operations.version, "The server's version.", answer=answers.Version),
 )
 _DOCUMENT = "/openapi.json"
@@ -85,7 +87,7 @@ _DOCUMENT = "/openapi.json"
 def create_app(service: Service, cors_origins: Sequence[str] = ()) -> Starlette:
     """cors_origins: web origins whose pages may ask; none by default."""
     open_paths = frozenset(e.path for e in ENDPOINTS if e.public)
-    paths = frozenset({e.path for e in ENDPOINTS} | {_DOCUMENT})
+    paths = frozenset({e.path for e in ENDPOINTS} | {_DOCUMENT} | {route.path for route in PAGE})
     around = [Middleware(Envelope, service=service, open_paths=open_paths, paths=paths)]
     if cors_origins:
         cors = Middleware(
@@ -96,7 +98,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> Starlette:
         )
         around.insert(0, cors)
     routes = [Route(e.path, e.handler, methods=[e.method]) for e in ENDPOINTS]
-    routes.append(Route(_DOCUMENT, operations.openapi, methods=["GET"]))
+    routes += [Route(_DOCUMENT, operations.openapi, methods=["GET"]), *PAGE]
     refused = (ApiError, UserError, ValidationError, EngineError, HTTPException)
     app = Starlette(routes=routes, middleware=around, exception_handlers=dict.fromkeys(refused, respond))
     app.router.redirect_slashes = False

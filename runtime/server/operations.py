@@ -1,11 +1,14 @@
 """What operators ask: health, readiness, metrics, version; and which models there are."""
 
+import time
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tilewright import __version__
-from tilewright.runtime.server.answers import Health, ModelList, Version
+from tilewright.runtime.server.answers import Figures, Health, ModelFigures, ModelList, Version
 from tilewright.runtime.server.metrics import CONTENT_TYPE
+from tilewright.runtime.server.served import Served
 from tilewright.runtime.server.service import Service
 
 
@@ -25,6 +28,30 @@ async def ready(http: Request) -> JSONResponse:
 
 async def metrics(http: Request) -> Response:
     return Response(http.app.state.service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+async def figures(http: Request) -> JSONResponse:
+    """A few of the metrics as JSON, for the page at / and whoever wants no Prometheus."""
+    answer: Figures = {
+        "time_s": time.monotonic(),
+        "models": [_figures(served) for served in http.app.state.service.models],
+    }
+    return JSONResponse(answer)
+
+
+def _figures(served: Served) -> ModelFigures:
+    load, stats = served.engine.load, served.engine.stats
+    return {
+        "model": served.name,
+        "running": load.running,
+        "waiting": load.waiting,
+        "pages": load.pages,
+        "used_pages": load.used_pages,
+        "kept_pages": load.kept_pages,
+        "generation_tokens": stats.drawn,
+        "prefix_cache_queries": stats.prefix_queries,
+        "prefix_cache_hits": stats.prefix_hits,
+    }
 
 
 async def version(_: Request) -> JSONResponse:

@@ -30,7 +30,13 @@ def bearer(secret: str = SECRET) -> dict[str, str]:
 def test_every_path_but_health_and_ready_wants_a_key() -> None:
     with running(keys=[key()]) as server:
         paths = [(e.method, e.path.replace("{model:path}", MODEL)) for e in ENDPOINTS]
-        paths += [("GET", "/openapi.json"), ("GET", "/nothing"), ("OPTIONS", "/v1/models"), ("GET", "/")]
+        paths += [
+            ("GET", "/openapi.json"),
+            ("GET", "/nothing"),
+            ("OPTIONS", "/v1/models"),
+            ("GET", "/"),
+            ("GET", "/page.js"),
+        ]
         for method, path in paths:
             status, headers, body = server.ask(method, path)
             if path in ("/health", "/ready"):
