@@ -33,6 +33,9 @@ class Generation:
         self._cut: StopReason | None = None
         self._submitted_s = time.perf_counter()
         self._last_s: dict[int, float] = {}
+        # Looked up once: a token has no time for it.
+        self._first_token = service.metrics.first_token.labels(served.name)
+        self._between_tokens = service.metrics.between_tokens.labels(served.name)
         service.active.add(self)
         call.key.active += 1
 
@@ -111,18 +114,19 @@ class Generation:
         self._events.cancel()
 
     def _note(self, choice: int, event: StreamEvent) -> None:
-        metrics, name, now_s = self._service.metrics, self.served.name, time.perf_counter()
+        now_s = time.perf_counter()
         if event.token_id is not None:
             self.drawn += 1
             last_s = self._last_s.get(choice)
             if last_s is None:
-                metrics.first_token.labels(name).observe(now_s - self._submitted_s)
+                self._first_token.observe(now_s - self._submitted_s)
                 self._call.notes.setdefault("first_token_s", round(now_s - self._submitted_s, 4))
             else:
-                metrics.between_tokens.labels(name).observe(now_s - last_s)
+                self._between_tokens.observe(now_s - last_s)
             self._last_s[choice] = now_s
         if (completion := event.completion) is not None:
             reason, more = self.reasons(choice, completion)
+            metrics, name = self._service.metrics, self.served.name
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
             metrics.answer.labels(name).observe(len(completion.token_ids))
             metrics.ended.labels(

@@ -15,6 +15,21 @@ from tilewright.runtime.server.errors import ApiError, unavailable
 from tilewright.runtime.server.limits import ServerLimits
 
 
+class _Connection(h11.Connection):
+    """h11 without its state machine for the pieces of a chunked body: a server of streams sends little else, and half
+    of a piece's time in HTTP went there."""
+
+    _chunked = False
+
+    def send(self, event: Any) -> bytes | None:
+        if self._chunked and type(event) is h11.Data:
+            data = bytes(event.data)
+            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        sent = super().send(event)
+        self._chunked = type(event) is h11.Response and b"transfer-encoding: chunked" in (sent or b"").lower()
+        return sent
+
+
 class BoundedProtocol(H11Protocol):
     """Ends connections that hold a socket without use. Subclassed with the limits of a server, see `bounded`."""
 
@@ -23,6 +38,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._header_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
+        self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             most = self.limits.max_connections

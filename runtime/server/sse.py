@@ -16,6 +16,8 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would collect events otherwise
 ]
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one each time
+
 
 class EventStreamResponse:
     """An ASGI response that owns its generation: however it ends, nothing of it goes on."""
@@ -41,4 +43,4 @@ def _body(data: bytes) -> dict[str, Any]:
 
 
 def _event(chunk: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(chunk).encode() + b"\n\n"
