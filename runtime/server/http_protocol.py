@@ -21,7 +21,7 @@ class _Connection(h11.Connection):
 
     _chunked = False
 
-    def send(self, event: Any) -> bytes | None:
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
         if self._chunked and type(event) is h11.Data:
             data = bytes(event.data)
             return b"%x\r\n%b\r\n" % (len(data), data) if data else b""

@@ -5,7 +5,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,7 +86,7 @@ def command(
 
     async def run() -> None:
         runs: list[dict[str, Any]] = []
-        samples: list[dict[str, Sequence[float]]] = []
+        samples: list[Mapping[str, Sequence[float]]] = []
         async with drive.open_session(timeout) as session:
             found = await client.find_model(session, where, key, model)
             target = client.Target(found.url, found.model, found.key, extra)

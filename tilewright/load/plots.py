@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def draw(runs: Sequence[dict[str, Any]], samples: Sequence[dict[str, Sequence[float]]], title: str) -> Figure:
+def draw(runs: Sequence[dict[str, Any]], samples: Sequence[Mapping[str, Sequence[float]]], title: str) -> Figure:
     """runs: figures of each rate (figures.of_run, and `rate`). samples: milliseconds by latency of each rate."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(title)
