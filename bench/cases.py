@@ -31,6 +31,19 @@ MEMORY = Case("memory", "peak memory of load, prefill of 512 and decode", "MiB")
 BANDWIDTH = Case("read-bandwidth", "sum over 1 GiB on all threads", "GB/s", higher=True)
 
 COMPILE_CASES = {c.name: c for c in (COMPILE_COLD, COMPILE_MEMORY, COMPILE_WARM)}
+
+HTTP_OVERHEAD = Case(
+    "http-overhead",
+    "99 % of the times between tokens of 100 streams, by HTTP less in the engine; a stub of a step",
+    "ms",
+)
+PREFIX_COLD = Case("prefix-cold", "first token by HTTP after a system prompt of 2000 tokens, nothing kept", "ms")
+PREFIX_WARM = Case("prefix-warm", "the same, with what an earlier request left", "ms")
+CHATS_ENGINE = Case("chats-engine", "64 chats of 64 tokens by Engine.generate", "tokens/s", higher=True)
+CHATS_HTTP = Case("chats-http", "the same by HTTP", "tokens/s", higher=True)
+
+SERVING_CASES = {c.name: c for c in (HTTP_OVERHEAD, PREFIX_COLD, PREFIX_WARM, CHATS_ENGINE, CHATS_HTTP)}
+
 CPU_CASES = {
     c.name: c
     for c in (

@@ -4,6 +4,7 @@
     python bench/run.py ARTIFACT --suite model                          a model on a GPU (gpu_model.py)
     python bench/run.py MODEL --suite compile --target nvidia-h100      compiling a model (compile_time.py)
     python bench/run.py --suite kernels                                kernels on a GPU (gpu_kernels.py)
+    python bench/run.py ARTIFACT --suite serving                        the server, on a processor (serving.py)
 
 Each prints tables and appends one line a figure to a file of bench/results (results_file.py). `--only CASE ...` takes
 some of the cases (cases.py). What fails its check is not timed.
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cases import CPU_CASES, MODEL_CASES, chosen
+from cases import CPU_CASES, MODEL_CASES, SERVING_CASES, chosen
 
 HERE = Path(__file__).parent
 
@@ -26,6 +27,11 @@ def main() -> None:
         import gpu_kernels
 
         gpu_kernels.run(args, chosen(args.only))
+    elif args.suite == "serving":
+        sys.path.insert(0, str(HERE.parent))  # for the tests' tokenizer of letters
+        import serving
+
+        serving.run(args)
     elif args.suite == "model":
         time_model(args)
     elif args.suite == "compile":
@@ -52,8 +58,8 @@ def time_model(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", nargs="?", help="to time, in the suites cpu and model; a model in compile")
-    parser.add_argument("--suite", choices=("cpu", "kernels", "model", "compile"), default="cpu")
+    parser.add_argument("artifact", nargs="?", help="to time; a model in compile; the suite kernels takes none")
+    parser.add_argument("--suite", choices=("cpu", "kernels", "model", "compile", "serving"), default="cpu")
     parser.add_argument("--only", nargs="*", metavar="CASE", help="default all; the kernels' may be patterns: 'qkv-*'")
     parser.add_argument("--results", type=Path, help="the file of lines, default that of the suite")
     parser.add_argument("--commit", help="what is timed, where this is no checkout of it")
@@ -69,7 +75,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.suite != "kernels" and args.artifact is None:
         parser.error(f"the suite {args.suite} times an artifact, or compiles a model: name one")
-    known = {"cpu": CPU_CASES, "model": MODEL_CASES}.get(args.suite)
+    known = {"cpu": CPU_CASES, "model": MODEL_CASES, "serving": SERVING_CASES}.get(args.suite)
     unknown = set(args.only or ()) - set(known) if known else ()
     if unknown:
         parser.error(f"no case is named {sorted(unknown)[0]!r}; there are {', '.join(sorted(known or ()))}")

@@ -6,6 +6,7 @@
 | TILEWRIGHT_TUNING_LOGS | a directory | tuning_logs of the installation | what `tune` found out |
 | TILEWRIGHT_THREADS | 1 to 1024 | the cores this process may use | threads a model computes with |
 | TILEWRIGHT_JOBS | 1 to 1024 | the cores this process may use | kernels compiled at the same time |
+| TILEWRIGHT_API_KEYS | texts of 16 characters or more, commas between | none | who may ask `tilewright serve` |
 | TILEWRIGHT_DEBUG | 0 or 1 | 0 | a traceback for an error inside tilewright |
 
 Options on the command line and arguments in Python come first. A bad value raises UserError, and so does a variable
@@ -25,7 +26,8 @@ TUNING_LOGS = "TILEWRIGHT_TUNING_LOGS"
 THREADS = "TILEWRIGHT_THREADS"
 JOBS = "TILEWRIGHT_JOBS"
 DEBUG = "TILEWRIGHT_DEBUG"
-NAMES = (CACHE_DIR, TUNING_LOGS, THREADS, JOBS, DEBUG)
+API_KEYS = "TILEWRIGHT_API_KEYS"
+NAMES = (CACHE_DIR, TUNING_LOGS, THREADS, JOBS, DEBUG, API_KEYS)
 
 MAX_THREADS = 1024
 
@@ -40,6 +42,7 @@ def check() -> None:
     tuning_logs()
     threads()
     jobs()
+    api_keys()
     debug()
 
 
@@ -67,6 +70,17 @@ def threads() -> int:
 def jobs() -> int:
     """Kernels that are compiled at the same time."""
     return _count(JOBS)
+
+
+def api_keys() -> tuple[str, ...]:
+    """Keys that the server's clients must show one of. Empty: anybody may ask."""
+    value = os.environ.get(API_KEYS)
+    if value is None:
+        return ()
+    keys = tuple(key.strip() for key in value.split(","))
+    if not all(keys):
+        raise UserError(f"{API_KEYS} has an empty key; write keys with single commas between them, or unset it")
+    return keys
 
 
 def debug() -> bool:

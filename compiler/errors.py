@@ -27,3 +27,15 @@ class ArtifactError(UserError):
 
 class RequestError(UserError):
     """A request's prompt or parameters are out of range."""
+
+
+class ContextLengthError(RequestError):
+    """Prompt and answer are longer than what the model reads at once."""
+
+
+class GrammarError(RequestError):
+    """An answer's form is not understood, or not supported."""
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as may; the same one may be sent again later."""

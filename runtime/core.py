@@ -11,13 +11,16 @@ import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from tilewright.runtime.batch import BatchBuilder
 from tilewright.runtime.kv_cache import PagePool, pages_for
+from tilewright.runtime.prefix_tree import PrefixTree
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.policy import Budget, Plan, Policy, View
 from tilewright.runtime.types import Costs, EngineError, Executor, FinishReason, StepResult, TokenLogprob
@@ -27,15 +30,31 @@ Clock = Callable[[], float]
 
 @dataclass
 class Stats:
-    """Counts since the start. replays: preempted samples whose pages found no room beside the device's, so that their
-    tokens were computed again, one by one as before."""
+    """Counts since the start. step_s: seconds of all steps, launch to result. replays: preempted samples whose pages
+    found no room beside the device's, so that their tokens were computed again, one by one as before. prefix_queries,
+    prefix_hits: tokens of prompts, and those of them that were in the cache."""
 
     steps: int = 0
     tokens: int = 0
     drawn: int = 0
+    step_s: float = 0.0
     preemptions: int = 0
     replays: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
     copied_pages: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds at one moment. waiting, running: samples. pages, used_pages: of the KV pool. kept_pages: of
+    those not in use, hold what later prompts may begin with."""
+
+    waiting: int
+    running: int
+    pages: int
+    used_pages: int
+    kept_pages: int
 
 
 @dataclass
@@ -43,13 +62,15 @@ class Flight:
     """A step that was launched and is not processed yet.
 
     rows, places: the sample of each row, and where in its tokens the drawn one goes. members: all samples whose pages
-    the step uses. leaving: those that are on no list any more; their pages are given back when the step is done.
+    the step uses. launched_s: by the core's clock. leaving: those that are on no list any more; their pages are given
+    back when the step is done.
     """
 
     pending: Any
     rows: list[Sample]
     places: list[int]
     members: set[Sample]
+    launched_s: float
     leaving: list[Sample] = field(default_factory=list)
     landed: bool = False
 
@@ -66,6 +87,7 @@ class EngineCore:
     policy: Policy
     costs: Costs | None = None
     clock: Clock = time.perf_counter
+    keep_prefixes: bool = False
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
     swapped: list[Sample] = field(default_factory=list)
@@ -74,7 +96,8 @@ class EngineCore:
 
     def __post_init__(self) -> None:
         limits = self.executor.limits
-        self.pool = PagePool(limits.num_pages, limits.page_size)
+        kept = PrefixTree(limits.page_size) if self.keep_prefixes else None
+        self.pool = PagePool(limits.num_pages, limits.page_size, kept)
         self._builder = BatchBuilder(limits.page_size, limits.max_context)
         self._flights: deque[Flight] = deque()
         self._inbox: deque[tuple[str, Request]] = deque()
@@ -96,6 +119,12 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         return bool(self._inbox or self.waiting or self.running or self.swapped or self._flights)
+
+    @property
+    def load(self) -> Load:
+        waiting = len(self._inbox) + len(self.waiting) + len(self.swapped)
+        pool = self.pool
+        return Load(waiting, len(self.running), pool.num_pages, pool.num_pages - pool.free, pool.idle)
 
     # -- from the loop's thread --
 
@@ -149,8 +178,8 @@ class EngineCore:
 
     def _schedule(self) -> Plan[Sample] | None:
         """The next step, its samples on the list of those that run. None where the last one must be processed first."""
-        if self._flights and any(sample.counts is not None for sample in self._flights[-1].rows):
-            self._process()  # penalties are made from the values of tokens
+        if self._flights and any(sample.reads_tokens for sample in self._flights[-1].rows):
+            self._process()  # penalties and grammars go by the values of tokens
         self._swap_back()
         plan = self._plan()
         if plan is not None and self._flights and (plan.preempt or not plan.chunks):
@@ -162,10 +191,8 @@ class EngineCore:
             raise EngineError(f"{self.policy} computes nothing with {len(self.waiting)} requests waiting")
         for sample in plan.preempt:
             self._preempt(sample)
-        for sample in plan.admit:
-            self.waiting.remove(sample)
-            insort(self.running, sample, key=_rank)
-            sample.request.start(self.clock())
+        for sample, pages in plan.admit:
+            self._admit(sample, pages)
         return plan
 
     def _plan(self) -> Plan[Sample] | None:
@@ -175,8 +202,24 @@ class EngineCore:
             waiting = [sample for sample in waiting if sample.rank < self.swapped[0].rank]
         if not (waiting or self.running):
             return None
-        view = View(waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs)
+        view = View(waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs, self._cached)
         return self.policy.plan(view)
+
+    def _cached(self, sample: Sample) -> list[int]:
+        """Pages that are kept of a waiting sample's beginning. Its last token is computed in any case: something must
+        be drawn from it."""
+        return self.pool.match(sample.tokens[: sample.length - 1])
+
+    def _admit(self, sample: Sample, pages: Sequence[int]) -> None:
+        self.waiting.remove(sample)
+        insort(self.running, sample, key=_rank)
+        sample.table = self.pool.share(list(pages))
+        sample.computed = len(pages) * self.pool.page_size
+        if sample.request.started_s is None:
+            sample.request.cached_tokens = sample.computed
+            self.stats.prefix_queries += sample.request.prompt_tokens
+            self.stats.prefix_hits += sample.computed
+        sample.request.start(self.clock())
 
     def _launch(self, plan: Plan[Sample]) -> None:
         """Starts the step: pages, arrays, device. `computed` moves on here, what tokens were drawn comes later."""
@@ -188,13 +231,17 @@ class EngineCore:
         batch, rows = self._builder.build(plan.chunks)
         if copies:
             self.executor.copy_pages(copies)
+        launched_s = self.clock()
         pending = self.executor.launch(batch)
         for sample, tokens in plan.chunks:
             sample.computed += tokens
+        for sample in rows:
+            if not sample.drawn:  # its prompt is complete, and of use to others from here on
+                self._keep(sample)
         for leader in [sample for sample in rows if sample.width > 1]:
             self._part(leader)
         places = [sample.draw(row) for row, sample in enumerate(rows)]
-        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)})
+        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)}, launched_s)
         self._flights.append(flight)
         for sample in rows:
             if sample.drawn == sample.request.max_tokens:  # sure to end
@@ -212,11 +259,12 @@ class EngineCore:
             flight.landed = True
             self._hand_out(flight, result)
             for sample in flight.leaving:
-                self.pool.release(sample.table)
+                self._release(sample)
             self._flights.popleft()
 
     def _hand_out(self, flight: Flight, result: StepResult) -> None:
         now_s = self.clock()
+        self.stats.step_s += now_s - flight.launched_s
         tokens, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
         for row, (sample, place) in enumerate(zip(flight.rows, flight.places, strict=True)):
             if sample.output.completion:  # it ended while the step ran
@@ -244,7 +292,7 @@ class EngineCore:
         self.running.remove(sample)
         swap = self.executor.swap
         sample.swapped = swap.out(sample.table.pages) if swap else None
-        self.pool.release(sample.table)
+        self._release(sample)
         if sample.swapped is not None:
             insort(self.swapped, sample, key=_rank)
         else:
@@ -295,9 +343,22 @@ class EngineCore:
             sample.swapped = None
         flights = [flight for flight in self._flights if not flight.landed and sample in flight.members]
         if not flights:
-            self.pool.release(sample.table)
+            self._release(sample)
         elif sample not in flights[-1].leaving:
             flights[-1].leaving.append(sample)
+
+    def _release(self, sample: Sample) -> None:
+        """Gives a sample's pages back; those that others may begin with are kept while there is room."""
+        self._keep(sample)
+        self.pool.release(sample.table)
+
+    def _keep(self, sample: Sample) -> None:
+        """Lets others begin with the pages that this sample has filled. Where prompts and answers are not computed
+        alike, an answer's pages are not what the same tokens in a prompt would give."""
+        alike = self.executor.swap is None
+        tokens = sample.tokens[: sample.computed if alike else min(sample.computed, sample.request.prompt_tokens)]
+        unknown = np.flatnonzero(tokens < 0)  # drawn in a step that is not processed yet
+        self.pool.keep(sample.table, tokens[: unknown[0]] if len(unknown) else tokens)
 
     def _samples(self) -> Iterator[Sample]:
         """Those that wait or run."""

@@ -97,6 +97,15 @@ class Detokenizer:
             return ByteLevelStream(self._spell)
         return WindowStream(self._library.decode, *self._spoken_and_raw)
 
+    def spelling(self, token: int) -> bytes:
+        """The bytes that a token stands for in a text: a special token's are its name, an unknown one has none."""
+        text = self._library.id_to_token(token) or ""
+        if token in self._special:
+            return text.encode()
+        if self._byte_level:
+            return self._spell(token)
+        return bytes([int(text[3:5], 16)]) if _BYTE_TOKEN.fullmatch(text) else text.replace("▁", " ").encode()
+
     @cached_property
     def _spoken_and_raw(self) -> tuple[frozenset[int], frozenset[int]]:
         spoken = {i: token for token, i in self._library.get_vocab().items() if i not in self._special}

@@ -3,6 +3,7 @@
     engine = Engine(model)
     completions = engine.generate(["Hello"], SamplingParams(max_tokens=32))
     async for event in engine.stream("Hello"): ...
+    events = engine.open([engine.request("Hello")])  # the two halves of stream, for servers
 
 The work is done by a core (runtime/core.py) on a thread of the engine's own; callers only wait for events.
 """
@@ -14,8 +15,9 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from tilewright.compiler.errors import RequestError
-from tilewright.runtime.core import Clock, EngineCore, Stats
+from tilewright.compiler.errors import QueueFullError, RequestError
+from tilewright.runtime.core import Clock, EngineCore, Load, Stats
+from tilewright.runtime.event_stream import EventStream
 from tilewright.runtime.intake import Intake, Prompt, resolve_limits
 from tilewright.runtime.request import Request
 from tilewright.runtime.scheduler.fcfs import FCFS
@@ -50,8 +52,18 @@ class Engine:
     ) -> None:
         self.limits = limits or EngineLimits()
         budget, capacity = resolve_limits(self.limits, model.limits)
-        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock)
-        self._intake = Intake(model.limits, budget, capacity, model.tokenizer, model.load_s)
+        self.capacity = capacity  # tokens of prompt and answer together, at most
+        self.vocab_size = model.limits.vocab_size
+        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock, self.limits.keep_prefixes)
+        self._intake = Intake(
+            model.limits,
+            budget,
+            capacity,
+            model.tokenizer,
+            model.load_s,
+            max_prompt=self.limits.max_prompt,
+            max_answer=self.limits.max_answer,
+        )
         self._thread = ServingThread(self._core)
         self._queue = threading.Semaphore(self.limits.max_queue)
         self._posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPost] = weakref.WeakKeyDictionary()
@@ -102,24 +114,31 @@ class Engine:
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
         """The request's events as they come. Closing the iterator, or cancelling its task, cancels the request."""
-        request = self._intake.request(prompt, params or SamplingParams())
-        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
-        post = self._posts.setdefault(loop := asyncio.get_running_loop(), LoopPost(loop))
-        core = self._core
-
-        def deliver(_: Request, event: StreamEvent) -> None:
-            if not post.put(events, event):
-                core.cancel(request)
-
-        self._submit(request, deliver)
+        events = self.open([self.request(prompt, params)])
         try:
-            unfinished = len(request.samples)
-            while unfinished:
-                event = self._checked(await events.get())
-                unfinished -= event.completion is not None
+            async for _, event in events:
                 yield event
         finally:
-            self._cancel([request])
+            events.cancel()
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A checked request that is not submitted yet. Encoding a long prompt takes a while: not on event loops."""
+        return self._intake.request(prompt, params or SamplingParams())
+
+    def open(self, requests: Sequence[Request]) -> EventStream:
+        """Submits requests, all or none, and brings their events to the running event loop.
+
+        Raises QueueFullError, and EngineError where the engine is dead.
+        """
+        loop = asyncio.get_running_loop()
+        events = EventStream(requests, self._posts.setdefault(loop, LoopPost(loop)), self._cancel, self._checked)
+        try:
+            for place, request in enumerate(requests):
+                self._submit(request, events.listener(place))
+        except BaseException:
+            events.cancel()
+            raise
+        return events
 
     def close(self) -> None:
         """Ends what is unfinished and stops the thread."""
@@ -136,6 +155,16 @@ class Engine:
         return self._core.stats
 
     @property
+    def load(self) -> Load:
+        """What the engine holds at this moment."""
+        return self._core.load
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return self._core.busy
+
+    @property
     def failure(self) -> BaseException | None:
         """Why the engine is dead; None while it is not."""
         return self._core.failure
@@ -145,9 +174,9 @@ class Engine:
         self._core.check_invariants()
 
     def _submit(self, request: Request, events: Callable[[Request, StreamEvent], None], wait: bool = False) -> None:
-        """Queues a request. Where the queue is full: waits, or raises RequestError."""
+        """Queues a request. Where the queue is full: waits, or raises QueueFullError."""
         if not self._queue.acquire(blocking=wait):
-            raise RequestError(
+            raise QueueFullError(
                 f"{self.limits.max_queue} requests are waiting, the most that max_queue allows; try again later"
             )
         request.events, request.release = events, self._queue.release

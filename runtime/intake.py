@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.compiler.errors import RequestError
+from tilewright.compiler.errors import ContextLengthError, GrammarError, RequestError
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.policy import Budget
 from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams, TextCodec
@@ -27,6 +27,10 @@ def resolve_limits(limits: EngineLimits, device: DeviceLimits) -> tuple[Budget, 
         )
     if limits.max_queue < 1:
         raise RequestError(f"max_queue {limits.max_queue} is below 1; let at least one request wait")
+    for name in ("max_prompt", "max_answer"):
+        most = getattr(limits, name)
+        if most is not None and most < 1:
+            raise RequestError(f"{name} {most} is below 1; give 1 or more, or leave it out")
     chunk = tokens if limits.max_chunk is None else min(limits.max_chunk, tokens)
     if chunk < 1:
         raise RequestError(f"max_chunk {limits.max_chunk} is below 1; give 1 or more, or leave it out")
@@ -42,7 +46,8 @@ def _within(name: str, asked: int | None, device: int) -> int:
 
 
 class Intake:
-    """Turns prompts and parameters into requests. entropy: draws a seed for those that come without."""
+    """Turns prompts and parameters into requests. entropy: draws a seed for those that come without. max_prompt,
+    max_answer: what the engine allows below what context and pages (`capacity`, in tokens) hold."""
 
     def __init__(
         self,
@@ -52,11 +57,14 @@ class Intake:
         tokenizer: TextCodec | None,
         load_s: float,
         entropy: Callable[[], int] = lambda: secrets.randbits(63),
+        max_prompt: int | None = None,
+        max_answer: int | None = None,
     ) -> None:
         self._device, self._budget, self._capacity = device, budget, capacity
         self._tokenizer = tokenizer
         self._load_s = load_s
         self._entropy = entropy
+        self._max_prompt, self._max_answer = max_prompt or capacity, max_answer or capacity
         self._arrivals = itertools.count()
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -75,7 +83,18 @@ class Intake:
         )
         streams = (self._tokenizer.detokenizer() if self._tokenizer else None for _ in range(params.n))
         request.samples = [Sample(request, index, stream) for index, stream in enumerate(streams)]
+        self._constrain(request)
         return request
+
+    def _constrain(self, request: Request) -> None:
+        """Gives every sample its own way through the grammar, if there is one."""
+        if request.params.grammar is None:
+            return
+        if self._tokenizer is None:
+            raise GrammarError("a grammar needs a tokenizer, which this model lacks; remove it")
+        constraint = self._tokenizer.constraint(request.params.grammar, self._device.vocab_size)
+        for sample in request.samples:
+            sample.constraint = constraint.copy()
 
     def _tokens(self, prompt: Prompt) -> np.ndarray:
         """int32[n], n >= 1, all within the vocabulary."""
@@ -109,18 +128,28 @@ class Intake:
         """How many tokens the answer may have; prompt and answer together fit context and pool."""
         left = self._capacity - prompt
         if left < 1:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt of {prompt} tokens is longer than {self._capacity - 1}, what context and KV pages hold "
                 "beside one token of answer; shorten it, or compile the model for a longer context"
             )
+        if prompt > self._max_prompt:
+            raise ContextLengthError(
+                f"the prompt of {prompt} tokens is above {self._max_prompt}, the most that is allowed; shorten it"
+            )
         if params.max_tokens is not None and params.max_tokens > left:
-            raise RequestError(
+            raise ContextLengthError(
                 f"max_tokens {params.max_tokens} after a prompt of {prompt} is above {left}, what context and KV pages "
                 f"({self._capacity} tokens) leave; lower it, or leave it out to use what there is"
             )
+        most = min(left, self._max_answer)
         if params.min_tokens > left:
-            raise RequestError(f"min_tokens {params.min_tokens} is above {left}, what the context leaves; lower it")
-        return left if params.max_tokens is None else params.max_tokens
+            raise ContextLengthError(
+                f"min_tokens {params.min_tokens} is above {left}, what the context leaves; lower it"
+            )
+        asked = max(params.max_tokens or 0, params.min_tokens)
+        if asked > most:
+            raise ContextLengthError(f"an answer of {asked} tokens is above {most}, the most that is allowed; lower it")
+        return most if params.max_tokens is None else params.max_tokens
 
     def _check_params(self, params: SamplingParams, stop_ids: frozenset[int]) -> None:
         device, vocab = self._device, self._device.vocab_size

@@ -2,12 +2,17 @@
 
 A sequence's page table holds ceil(stored / page_size) pages, where `stored` tokens are in the cache. Samples of one
 prompt share pages by reference count; a shared page that is about to be written is copied first.
+
+Full pages may be kept for later sequences that begin alike (runtime/prefix_tree.py). A kept page that no sequence reads
+counts as free: it is given up when no other page is left.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from tilewright.runtime.prefix_tree import PrefixTree
 
 
 class PageTable:
@@ -27,17 +32,25 @@ class PageTable:
 
 
 class PagePool:
-    """Reference counts and the free list over `num_pages` pages of `page_size` tokens."""
+    """Reference counts and the free list over `num_pages` pages of `page_size` tokens. kept: full pages that outlive
+    their sequences; None keeps none."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, kept: PrefixTree | None = None) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.refcounts = [0] * num_pages
+        self.refcounts = [0] * num_pages  # by tables
+        self._kept = kept
+        self._idle = 0  # kept pages that no table holds
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is the likeliest in a cache
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self._idle
+
+    @property
+    def idle(self) -> int:
+        """Kept pages that no table holds: free, but not empty."""
+        return self._idle
 
     def extend(self, table: PageTable, stored: int, tokens: int) -> tuple[int, int] | None:
         """Makes room in `table` for `tokens` more after the `stored` ones, all of them in pages that nobody else reads.
@@ -62,12 +75,30 @@ class PagePool:
             self.refcounts[page] += 1
         return PageTable(table.pages)
 
+    def match(self, tokens: np.ndarray) -> list[int]:
+        """Kept pages that hold the beginning of `tokens`, int32[n]."""
+        return [] if self._kept is None else self._kept.match(tokens)
+
+    def keep(self, table: PageTable, tokens: np.ndarray) -> None:
+        """Keeps the pages of a table that `tokens`, int32[n], fill: they are not written any more."""
+        if self._kept is not None:
+            self._kept.insert(tokens, table.pages)
+
+    def share(self, pages: list[int]) -> PageTable:
+        """A table over kept pages, as `match` gives them."""
+        for page in pages:
+            self._idle -= self.refcounts[page] == 0
+            self.refcounts[page] += 1
+        if self._kept is not None and pages:
+            self._kept.use(pages)
+        return PageTable(pages)
+
     def release(self, table: PageTable) -> None:
         """Gives the table's pages back; those that nobody else holds become free."""
         for page in reversed(table.pages):
             self.refcounts[page] -= 1
             if self.refcounts[page] == 0:
-                self._free.append(page)
+                self._set_free(page)
         table.replace([])
 
     def ledger(self) -> "PageLedger":
@@ -75,17 +106,32 @@ class PagePool:
         return PageLedger(self)
 
     def check(self, tables: Iterable[PageTable]) -> None:
-        """Raises AssertionError unless the counts are exactly what `tables` hold and all other pages are free."""
+        """Raises AssertionError unless the counts are exactly what `tables` hold and all others are free or kept."""
         held = Counter(page for table in tables for page in table.pages)
         expected = [held[page] for page in range(self.num_pages)]
         assert self.refcounts == expected, f"reference counts {self.refcounts} are not {expected}"
         unheld = [page for page in range(self.num_pages) if not held[page]]
-        assert sorted(self._free) == unheld, f"free pages {sorted(self._free)} are not {unheld}"
+        idle = [page for page in unheld if self._kept is not None and page in self._kept]
+        found = sorted([*self._free, *idle])
+        assert found == unheld and len(idle) == self._idle, f"free pages {found} are not {unheld}"
+        if self._kept is not None:
+            self._kept.check(idle)
+
+    def _set_free(self, page: int) -> None:
+        if self._kept is not None and page in self._kept:
+            self._kept.rest(page)
+            self._idle += 1
+        else:
+            self._free.append(page)
 
     def _take(self) -> int:
-        if not self._free:
+        if self._free:
+            page = self._free.pop()
+        elif self._kept is not None and self._idle:
+            page = self._kept.evict()
+            self._idle -= 1
+        else:
             raise RuntimeError(f"all {self.num_pages} pages are taken: the plan asked for more than its ledger had")
-        page = self._free.pop()
         self.refcounts[page] = 1
         return page
 
@@ -126,6 +172,17 @@ class PageLedger:
         for page in table.pages:
             self._refs[page] = left = self._count(page) - 1
             self.free += left == 0
+
+    def idle(self, pages: Sequence[int]) -> int:
+        """How many of these kept pages count as free."""
+        return sum(self._count(page) == 0 for page in pages)
+
+    def share(self, pages: Sequence[int]) -> PageTable:
+        """Books a table over kept pages."""
+        self.free -= self.idle(pages)
+        for page in pages:
+            self._refs[page] = self._count(page) + 1
+        return PageTable(pages)
 
     def _count(self, page: int) -> int:
         return self._refs.get(page, self._pool.refcounts[page])

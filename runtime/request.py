@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.grammar import Constraint
 from tilewright.runtime.kv_cache import PageTable
 from tilewright.runtime.output import Output
 from tilewright.runtime.types import SamplingParams, StreamEvent, TokenStream
@@ -60,6 +61,13 @@ class Biases:
         tokens = sorted(bias)
         return Biases(np.array(tokens, np.int32), np.array([bias[t] for t in tokens], np.float32))
 
+    def within(self, allowed: np.ndarray) -> "Biases":
+        """These, and a ban on every token but the allowed ones, bool[vocab]."""
+        values = np.where(allowed, np.float32(0), np.float32(-np.inf))
+        values[self.tokens] += self.values
+        tokens = np.flatnonzero(values).astype(np.int32)
+        return Biases(tokens, values[tokens])
+
 
 def _ignore(request: "Request", event: StreamEvent) -> None:
     """For a request that nobody listens to."""
@@ -70,8 +78,8 @@ class Request:
     """One submitted prompt. Times in seconds of the engine's clock.
 
     prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
-    arrival: unique, in order of submission. events: called on the engine's thread, must not raise. release: called
-    once, when the request leaves the queue.
+    arrival: unique, in order of submission. cached_tokens: of the prompt, taken from the cache when it started.
+    events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.
     """
 
     prompt: np.ndarray
@@ -83,6 +91,7 @@ class Request:
     load_s: float = 0.0
     submitted_s: float = 0.0
     started_s: float | None = None
+    cached_tokens: int = 0
     events: Callable[["Request", StreamEvent], None] = _ignore
     release: Callable[[], None] | None = None
     samples: list["Sample"] = field(default_factory=list)
@@ -130,6 +139,7 @@ class Sample:
     __slots__ = (
         "biases",
         "computed",
+        "constraint",
         "counts",
         "drawn",
         "early_biases",
@@ -160,6 +170,7 @@ class Sample:
         self.swapped: Any = None  # the handle of pages that were moved out
         self.table = PageTable()
         self.counts = TokenCounts(request.prompt) if params.penalised else None
+        self.constraint: Constraint | None = None
         self.biases = request.biases
         self.early_biases = request.early_biases if params.min_tokens else self.biases
         self.output = Output(request, index, stream)
@@ -179,8 +190,15 @@ class Sample:
 
     @property
     def bias(self) -> Biases:
-        """Of the next draw."""
+        """Of the next draw. With a constraint, all tokens before it must be known."""
+        if self.constraint is not None:
+            return self.biases.within(self.constraint.allowed())
         return self.early_biases if self.drawn < self.request.params.min_tokens else self.biases
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the next draw depends on the values of the tokens before it by more than the cache."""
+        return self.counts is not None or self.constraint is not None
 
     def draw(self, row: int) -> int:
         """Notes that a row of the step just launched draws the next token. Returns the token's place."""
@@ -195,3 +213,5 @@ class Sample:
         self.tokens[place] = token
         if self.counts is not None:
             self.counts.add(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)

@@ -5,12 +5,14 @@ Both libraries are loaded on first use of this module's class, not with the pack
 
 import datetime
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from tilewright.compiler.errors import ModelError, RequestError
 from tilewright.runtime.detokenizer import ByteLevelStream, Detokenizer, WindowStream
+from tilewright.runtime.grammar import Constraint, Grammar, Grammars
 
 Message = Mapping[str, Any]
 
@@ -40,6 +42,8 @@ class Tokenizer:
         self.eos_token: str | None = settings.get("eos_token")
         self.stop_token_ids = tuple(settings.get("stop_token_ids") or ())
         bos = self.bos_token if settings.get("add_bos") else None
+        self._grammars: Grammars | None = None  # made when first asked for: it takes a quarter of a second
+        self._lock = threading.Lock()
         self._bos_id = self._library.token_to_id(bos) if bos else None
 
     @property
@@ -61,6 +65,17 @@ class Tokenizer:
         """The text of all tokens, special ones left out."""
         return self._library.decode(list(ids))
 
+    def spelling(self, token: int) -> bytes:
+        """The bytes that a token stands for in a text: a special token's are its name, an unknown one has none."""
+        return self._detokenizer.spelling(token)
+
+    def constraint(self, grammar: Grammar, vocab_size: int) -> Constraint:
+        """What keeps an answer to a grammar. vocab_size: of the model. Raises GrammarError."""
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(json.dumps(self._settings), vocab_size, self.stop_token_ids)
+        return self._grammars.constraint(grammar)
+
     def detokenizer(self) -> ByteLevelStream | WindowStream:
         """A new stream: pushed one by one, tokens give the same text as `decode`."""
         return self._detokenizer.stream()
@@ -70,7 +85,7 @@ class Tokenizer:
     ) -> str:
         """The conversation as the model was taught to read it. variables: what else the template knows of."""
         if self._template is None:
-            raise RequestError("this model has no chat template; give a plain prompt with --raw")
+            raise RequestError("this model has no chat template; give a plain prompt, with --raw or /v1/completions")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise RequestError(f"message {message!r} is no chat message; give a role and a content")

@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 from tilewright.compiler.errors import RequestError
+from tilewright.runtime.grammar import Constraint, Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -38,6 +39,7 @@ class SamplingParams:
     max_tokens: None is as many as context and page pool hold. min_tokens: no stop before that many.
     logprobs: None is off, else how many alternatives come with each token's own. deadline_s: seconds from submission.
     priority: higher goes first; a stream of higher ones can hold a lower one back for ever.
+    grammar: the answer keeps to it, and ends where it ends.
     """
 
     temperature: float = 1.0
@@ -58,6 +60,7 @@ class SamplingParams:
     logprobs: int | None = None
     deadline_s: float | None = None
     priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -91,6 +94,9 @@ class SamplingParams:
         if self.deadline_s is not None:
             _real("deadline_s", self.deadline_s, 0, 1e9, above=True)
         _whole("priority", self.priority, -_INT32_MAX, _INT32_MAX)
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise RequestError(f"{name} keeps an answer from ending where its grammar ends; drop one of the two")
 
     def _normalise(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -105,8 +111,9 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether drawing looks at the tokens so far."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        """Whether drawing looks at the tokens so far. The sampler reads float32, where tiny penalties are none."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return np.array(penalties, np.float32).tolist() != [1, 0, 0]
 
 
 def _real(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -134,7 +141,10 @@ class EngineLimits:
     """What the engine uses of the device, and how much it queues. None: all that the device has.
 
     max_batch: sequences a step. max_tokens: tokens a step. max_context: tokens of prompt and answer together.
-    max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step.
+    max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step. max_prompt,
+    max_answer: tokens of one prompt, of one sample's answer. keep_prefixes: requests that begin alike share what is
+    computed of it, as long as there are pages; results are the same. Off unless asked for, so that what is timed or
+    compared is computed.
     """
 
     max_batch: int | None = None
@@ -142,6 +152,9 @@ class EngineLimits:
     max_context: int | None = None
     max_chunk: int | None = None
     max_queue: int = 1024
+    max_prompt: int | None = None
+    max_answer: int | None = None
+    keep_prefixes: bool = False
 
 
 # -- what the device takes and gives -----------------------------------------------------------------------------------
@@ -291,6 +304,12 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def spelling(self, token: int) -> bytes: ...
+
+    def constraint(self, grammar: Grammar, vocab_size: int) -> Constraint: ...
 
     def detokenizer(self) -> TokenStream: ...
 

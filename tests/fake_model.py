@@ -70,6 +70,12 @@ class FakeTokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self.encode("".join(f"{m['role'][0].upper()}:{m['content']}" for m in messages))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def spelling(self, token: int) -> bytes:
+        return chr(token).encode()
+
     def detokenizer(self) -> "FakeStream":
         return FakeStream()
 

@@ -64,7 +64,7 @@ def test_python_m_is_the_same_program():
 def test_help_names_every_command(run):
     code, out, _ = run()
     assert code == 0
-    for command in ("compile", "generate", "chat", "inspect", "verify", "bench", "doctor"):
+    for command in ("compile", "generate", "chat", "serve", "inspect", "verify", "bench", "doctor"):
         assert re.search(rf"\b{command}\b", out)
         assert run(command, "--help")[0] == 0
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_checkpoint
+from tests.server.processes import client, serving
 from tilewright import Engine, SamplingParams, load
 from tilewright.compiler import env
 from tilewright.compiler.artifact import Artifact
@@ -174,3 +176,22 @@ def test_serving_maps_no_compiler_and_no_torch(artifact):
     assert result.returncode == 0, result.stderr
     assert "libtvm_runtime" in result.stdout
     assert [name for name in ("libtvm_compiler", "libtorch", "libcuda", "libnvrtc") if name in result.stdout] == []
+
+
+def test_serve_says_what_the_engine_says_and_outlives_its_files(artifact, tmp_path):
+    question = [{"role": "user", "content": QUESTION}]
+    copy = tmp_path / "copy.tw"
+    shutil.copytree(artifact, copy)
+    with Engine(load(artifact)) as engine:
+        [expected] = engine.generate([question], SamplingParams(temperature=0, max_tokens=30))
+    begun = time.monotonic()
+    with serving(f"smol={copy}", program=("-m", "tilewright")) as process, client(process) as ask:
+        assert time.monotonic() - begun < 10
+        copy.rename(tmp_path / "old.tw")
+        copy.mkdir()
+        (copy / "manifest.json").write_text("{}")
+        answer = ask.chat.completions.create(model="smol", messages=question, temperature=0, max_tokens=30)
+        assert answer.choices[0].message.content == expected.text and "Paris" in expected.text
+        assert answer.usage.completion_tokens == len(expected.token_ids)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0

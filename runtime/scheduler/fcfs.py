@@ -2,12 +2,14 @@
 
 Running sequences go first, most senior first. Where pages run out, the most junior ones are preempted until the senior
 one fits; a sequence that has no junior waits in place. A new sequence is admitted when its whole prompt fits beside
-what the running prompts still need and one page for each running sequence to grow into. Nobody overtakes the most
+what the running prompts still need and one page for each running sequence to grow into; pages that are kept of its
+beginning it shares. Nobody overtakes the most
 senior waiting one, new or back from the host's pages (the core sees to the latter). So the most senior sequence of all
 always moves on, unless it came late with a high priority: then it is the next to start. And each becomes the most
 senior in time, unless higher priorities keep coming.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.runtime.kv_cache import pages_for
@@ -20,8 +22,8 @@ class FCFS:
         preempt, chunks, prompt_tokens = _continue(view)
         if preempt or not view.waiting:
             return Plan(preempt, [], chunks)
-        admitted = _admit(view, chunks, prompt_tokens)
-        return Plan([], [c for c, _ in admitted], chunks + admitted)
+        admitted, begun = _admit(view, chunks, prompt_tokens)
+        return Plan([], admitted, chunks + begun)
 
 
 def _continue(view: View[C]) -> tuple[list[C], list[tuple[C, int]], int]:
@@ -48,23 +50,31 @@ def _continue(view: View[C]) -> tuple[list[C], list[tuple[C, int]], int]:
     return preempt, chunks, prompt_tokens
 
 
-def _admit(view: View[C], chunks: list[tuple[C, int]], prompt_tokens: int) -> list[tuple[C, int]]:
-    """First chunks of the waiting sequences that can start now."""
+def _admit(
+    view: View[C], chunks: list[tuple[C, int]], prompt_tokens: int
+) -> tuple[list[tuple[C, Sequence[int]]], list[tuple[C, int]]]:
+    """-> the waiting sequences that can start now, with what is kept of their beginning, and their first chunks."""
     ledger, page_size = view.ledger, view.ledger.page_size
     planned = {c.rank: tokens for c, tokens in chunks}
     promised = len(view.running)  # pages that others will want: one to grow into, and the rest of their prompts
     for c in view.running:
         promised += pages_for(c.length, page_size) - pages_for(c.computed + planned.get(c.rank, 0), page_size)
     places = view.budget.max_batch - sum(c.width for c in view.running)
-    admitted: list[tuple[C, int]] = []
+    admitted: list[tuple[C, Sequence[int]]] = []
+    begun: list[tuple[C, int]] = []
     for candidate in view.waiting:
-        need = pages_for(candidate.length, page_size)
-        tokens = min(candidate.length, view.budget.max_chunk, prompt_tokens)
-        if candidate.width > places or need + promised > ledger.free or tokens == 0:
+        if candidate.width > places or prompt_tokens == 0:
             break
-        ledger.extend(candidate.table, 0, tokens)
-        admitted.append((candidate, tokens))
+        cached = view.cached(candidate)
+        stored = len(cached) * page_size
+        tokens = min(candidate.length - stored, view.budget.max_chunk, prompt_tokens)
+        need = pages_for(candidate.length, page_size) - len(cached)
+        if need + ledger.idle(cached) + promised > ledger.free:
+            break
+        ledger.extend(ledger.share(cached), stored, tokens)
+        admitted.append((candidate, cached))
+        begun.append((candidate, tokens))
         prompt_tokens -= tokens
         places -= candidate.width
-        promised += 1 + need - pages_for(tokens, page_size)
-    return admitted
+        promised += 1 + need + len(cached) - pages_for(stored + tokens, page_size)
+    return admitted, begun

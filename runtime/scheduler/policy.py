@@ -4,7 +4,7 @@ It sees views and returns a plan; it changes nothing, reads no clock and remembe
 before a device, before a fake one with a virtual clock, and in a search over policies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -51,6 +51,8 @@ class Budget:
 class View(Generic[C]):
     """All that a policy may look at. waiting holds no pages; both lists are in order of seniority.
 
+    cached: the pages that are kept of a waiting one's beginning; its table may start with them. They are full, and at
+    least one token is left to compute.
     ledger: a scratch copy of the page accounts, made for this view; booking in it changes nothing else.
     """
 
@@ -60,19 +62,21 @@ class View(Generic[C]):
     budget: Budget
     now_s: float
     costs: Costs | None = None
+    cached: Callable[[C], Sequence[int]] = lambda _: ()
 
 
 @dataclass(frozen=True)
 class Plan(Generic[C]):
     """The next step: first `preempt` (running ones give up their pages and wait), then `admit`, then compute `chunks`.
 
+    admit: (sequence, the kept pages that its table starts with; what they hold counts as computed).
     chunks: (sequence, tokens), each running after the above, at most once, 1 <= tokens <= length - computed. The sums
     of tokens and of widths stay within the budget, and the pages within the ledger. While anything is waiting or
     running, a plan computes at least one token.
     """
 
     preempt: Sequence[C]
-    admit: Sequence[C]
+    admit: Sequence[tuple[C, Sequence[int]]]
     chunks: Sequence[tuple[C, int]]
 
 

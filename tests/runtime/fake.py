@@ -267,7 +267,10 @@ class Bench:
     ) -> None:  # fmt: skip
         self.model = FakeModel(device, tokenizer, runs_ahead=runs_ahead, host_pages=host_pages)
         budget, capacity = resolve_limits(limits or EngineLimits(), device)
-        self.core = EngineCore(executor or self.model, budget, policy or FCFS(), self.model.costs, self.model.clock)
+        keep = limits is not None and limits.keep_prefixes
+        self.core = EngineCore(
+            executor or self.model, budget, policy or FCFS(), self.model.costs, self.model.clock, keep
+        )
         self.intake = Intake(device, budget, capacity, tokenizer, self.model.load_s, entropy=lambda: 0)
         self.events: list[tuple[Request, StreamEvent]] = []
 

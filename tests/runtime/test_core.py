@@ -14,7 +14,9 @@ def device(**changes: int) -> DeviceLimits:
     return DeviceLimits(**{**LIMITS.__dict__, **changes})
 
 
-PROMPTS = st.lists(st.integers(0, LIMITS.vocab_size - 1), min_size=1, max_size=14)
+FRESH = st.lists(st.integers(0, LIMITS.vocab_size - 1), min_size=1, max_size=14)
+COMMON = st.builds(lambda cut, end: [*range(cut), *end], st.integers(0, 13), st.lists(st.integers(0, 1), max_size=3))
+PROMPTS = st.one_of(FRESH, COMMON.filter(bool))  # the second kind begin alike, and find pages of each other
 
 PARAMS = st.builds(
     SamplingParams,
@@ -61,12 +63,21 @@ class CoreMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([1, 2, 7, None]),
         runs_ahead=st.booleans(),
         host_pages=st.sampled_from([None, 0, 3, 8, 100]),
+        keep=st.booleans(),
     )
     def boot(
-        self, pages: int, batch: int, tokens: int, chunk: int | None, runs_ahead: bool, host_pages: int | None
+        self,
+        pages: int,
+        batch: int,
+        tokens: int,
+        chunk: int | None,
+        runs_ahead: bool,
+        host_pages: int | None,
+        keep: bool,
     ) -> None:
         self.limits = device(num_pages=pages, max_batch=batch, max_tokens=tokens)
-        self.bench = Bench(self.limits, EngineLimits(max_chunk=chunk), runs_ahead=runs_ahead, host_pages=host_pages)
+        limits = EngineLimits(max_chunk=chunk, keep_prefixes=keep)
+        self.bench = Bench(self.limits, limits, runs_ahead=runs_ahead, host_pages=host_pages)
         self.slack = 1 + runs_ahead
         self.requests: list[Request] = []
         self.work = 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import queue
 import threading
 import time
 import weakref
@@ -238,27 +239,22 @@ def test_an_abandoned_engine_stops_its_thread() -> None:
     assert gone() is None and not thread.is_alive()
 
 
-def test_interrupting_generate_cancels() -> None:
+def test_interrupting_generate_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the caller while it waits, in the middle of the first step."""
     model = GatedModel()
-    engine = Engine(model)
-    engine._checked = lambda event: (_ for _ in ()).throw(KeyboardInterrupt)  # as Ctrl-C does while it waits
-    real_step = model.step
 
-    def one_step(batch):
-        result = real_step(batch)
-        if engine.stats.steps:
-            assert cancelled.wait(10)
-        return result
+    class Interrupted(queue.SimpleQueue):
+        def get(self) -> None:
+            assert model.entered.wait(10)
+            raise KeyboardInterrupt
 
-    cancelled = threading.Event()
-    model.step = one_step
-    model.gate.set()
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate([[1], [2]], SamplingParams(max_tokens=90, seed=0))
-    cancelled.set()
-    idle(engine)
-    assert engine.stats.steps <= 3
-    engine.close()
+    monkeypatch.setattr(queue, "SimpleQueue", Interrupted)
+    with Engine(model) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[1], [2]], SamplingParams(max_tokens=90, seed=0))
+        model.gate.set()
+        idle(engine)
+        assert engine.failure is None and engine.stats.steps <= 2
 
 
 def test_an_idle_engine_sleeps() -> None:

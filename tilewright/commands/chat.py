@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Hold a conversation. Ctrl-D or /exit leaves, /clear starts over, Ctrl-C stops an answer or drops a line."""
     from tilewright import console
-    from tilewright.runtime.types import SamplingParams
+    from tilewright.runtime.types import EngineLimits, SamplingParams
     from tilewright.session import open_session
 
     params = SamplingParams(
@@ -55,7 +55,8 @@ def command(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    with open_session(model, threads) as session:
+    # A conversation is read again with every turn: what was computed of it stays.
+    with open_session(model, threads, EngineLimits(keep_prefixes=True)) as session:
         conversation = Conversation(session, params, system)
         if _at_terminal():
             _edit_lines()

@@ -50,7 +50,7 @@ def test_decodes_of_all_then_prompts_with_what_is_left() -> None:
     new, newer = Line(3, 3), Line(4, 30)
     got = plan([decode, prompt, decode_2], [new, newer], pages=64, tokens=24, chunk=16)
     assert got.chunks == [(decode, 1), (prompt, 16), (decode_2, 1), (new, 3), (newer, 3)]
-    assert got.admit == [new, newer] and got.preempt == []
+    assert [c for c, _ in got.admit] == [new, newer] and got.preempt == []
 
 
 def test_nobody_overtakes_the_first_that_waits() -> None:
@@ -123,7 +123,7 @@ def test_plans_stay_within_the_budget_and_change_nothing(running, waiting, spare
     assert computing and computing[0] is (lines[0] if lines else new[0]), "the most senior one moves on"
     assert not set(map(id, got.preempt)) & set(map(id, computing))
     assert all(1 <= n <= min(max(chunk, 1), c.length - c.computed) for c, n in got.chunks)
-    left = [c for c in lines if c not in got.preempt] + list(got.admit)
+    left = [c for c in lines if c not in got.preempt] + [c for c, _ in got.admit]
     assert sum(c.width for c in left) <= batch
     pool = PagePool(pages, SIZE)
     for c in left:

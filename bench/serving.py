@@ -1,0 +1,183 @@
+"""The server: what HTTP adds to the engine, what kept prefixes save, and throughput by HTTP beside the engine's own.
+
+Before anything is timed, answers by HTTP must be the engine's.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import SERVING_CASES
+from results_file import Results, about
+from serving_client import between_ms
+
+from tilewright import Engine, EngineLimits, SamplingParams
+from tilewright.runtime.server.app import create_app
+from tilewright.runtime.server.lifecycle import Server, bind
+from tilewright.runtime.server.served import Served
+from tilewright.runtime.server.service import Service
+from tilewright.runtime.types import DeviceLimits, StepBatch, StepResult
+
+HERE = Path(__file__).parent
+STREAMS, STEP_S, ANSWER = 100, 0.02, 300
+CHATS, CHAT_ANSWER, CHAT_ROUNDS = 64, 64, 3
+SYSTEM_TOKENS = 2000
+WORDS = ["the", "river", "mountain", "compiler", "page", "of", "under", "quick", "slow", "green", "tree", "over"]
+
+
+def run(args: argparse.Namespace) -> None:
+    from compile_time import processor
+
+    wanted = set(args.only or SERVING_CASES)
+    results = Results(
+        args.results or HERE / "results" / "serving.jsonl",
+        SERVING_CASES,
+        about(args.commit, processor(), ("starlette", "uvicorn", "h11"), threads=args.threads),
+    )
+    if "http-overhead" in wanted:
+        results.add("http-overhead", "tilewright", [http_overhead() for _ in range(args.rounds)])
+    if wanted - {"http-overhead"}:
+        import tilewright
+
+        model = tilewright.load(args.artifact, threads=args.threads)
+        if wanted & {"prefix-cold", "prefix-warm"}:
+            cold, warm = prefix_ms(model, args.rounds)
+            results.add("prefix-cold", "tilewright", cold)
+            results.add("prefix-warm", "tilewright", warm)
+        if wanted & {"chats-engine", "chats-http"}:
+            engine, http = chats(model)
+            results.add("chats-engine", "tilewright", engine)
+            results.add("chats-http", "tilewright", http)
+
+
+# -- what HTTP adds ----------------------------------------------------------------------------------------------------
+
+
+class StubModel:
+    """A step of a fixed time that says letters, without a lock held meanwhile, as a compiled step is."""
+
+    limits = DeviceLimits(128, 4096, 1024, 16, 8192, 256, 1)
+    runs_ahead, swap, load_s = False, None, 0.0
+
+    def __init__(self) -> None:
+        from tests.fake_model import FakeTokenizer
+
+        self.tokenizer = FakeTokenizer()
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        time.sleep(STEP_S)
+        rows = len(batch.rows)
+        none = np.zeros((rows, 1), np.float32)
+        return StepResult(np.full(rows, ord("a"), np.int32), np.zeros(rows, np.float32), none.astype(np.int32), none)
+
+    def collect(self, pending: StepResult) -> StepResult:
+        return pending
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        pass
+
+
+def http_overhead() -> float:
+    """Milliseconds: the 99th percentile of times between tokens by HTTP, less that of the engine's own streams."""
+    model: Any = StubModel()
+    with Engine(model) as engine:
+        direct = asyncio.run(_direct(engine))
+    with serving(Engine(model)) as port:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": ANSWER, "stream": True}
+        by_http = ask(port, [body] * STREAMS)["between_ms"]
+    assert min(len(by_http), len(direct)) > STREAMS * ANSWER / 2, "the streams hardly ran together"
+    return float(np.percentile(by_http, 99) - np.percentile(direct, 99))
+
+
+async def _direct(engine: Engine) -> list[float]:
+    async def one() -> list[float]:
+        messages = [{"role": "user", "content": "hi"}]
+        times = [time.perf_counter() async for _ in engine.stream(messages, SamplingParams(max_tokens=ANSWER))]
+        return times
+
+    return between_ms(await asyncio.gather(*(one() for _ in range(STREAMS))))
+
+
+# -- a real model ------------------------------------------------------------------------------------------------------
+
+
+def prefix_ms(model: Any, rounds: int) -> tuple[list[float], list[float]]:
+    """First tokens of two requests after one system prompt, another one each round: (the first's, the second's)."""
+    cold, warm = [], []
+    with serving(Engine(model, EngineLimits(keep_prefixes=True))) as port, Engine(model) as plain:
+        for round_ in range(rounds + 1):
+            rng = np.random.default_rng(round_)
+            system = " ".join(rng.choice(WORDS, SYSTEM_TOKENS))
+            system = model.tokenizer.decode(model.tokenizer.encode(system)[:SYSTEM_TOKENS])
+            for question, times in (("What is this about?", cold), ("Which word is the last?", warm)):
+                messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+                figures = ask(
+                    port, [{"model": "m", "messages": messages, "max_tokens": 8, "stream": True, "temperature": 0}]
+                )
+                if round_ == 0:
+                    [done] = plain.generate([messages], SamplingParams(temperature=0, max_tokens=8))
+                    assert figures["texts"] == [done.text], "kept pages changed an answer"
+                else:
+                    times += figures["first_ms"]
+    return cold, warm
+
+
+def chats(model: Any) -> tuple[list[float], list[float]]:
+    """Tokens a second of all chats at once: (by the engine, by HTTP)."""
+    messages = [[{"role": "user", "content": f"Write a story about the number {i}."}] for i in range(CHATS)]
+    params = SamplingParams(temperature=0, max_tokens=CHAT_ANSWER, ignore_eos=True)
+    bodies = [
+        {
+            "model": "m",
+            "messages": each,
+            "max_tokens": CHAT_ANSWER,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+        }
+        for each in messages
+    ]
+    engine_rates, http_rates = [], []
+    for _ in range(CHAT_ROUNDS):
+        with Engine(model) as engine:
+            begun = time.perf_counter()
+            done = engine.generate(messages, params)
+            engine_rates.append(CHATS * CHAT_ANSWER / (time.perf_counter() - begun))
+        with serving(Engine(model)) as port:
+            figures = ask(port, bodies)
+        assert figures["texts"] == [completion.text for completion in done], "answers by HTTP are not the engine's"
+        http_rates.append(CHATS * CHAT_ANSWER / figures["seconds"])
+    return engine_rates, http_rates
+
+
+@contextmanager
+def serving(engine: Engine) -> Iterator[int]:
+    """A server around the engine, for as long as the context lasts; -> its port."""
+    tokenizer = engine._intake._tokenizer
+    assert tokenizer is not None
+    service = Service.of([Served("m", engine, tokenizer)])
+    bound = bind("127.0.0.1", 0)
+    server = Server(create_app(service), service, bound)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.end()
+        thread.join()
+
+
+def ask(port: int, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The client's figures (serving_client.py)."""
+    asked = json.dumps({"port": port, "bodies": bodies})
+    client = [sys.executable, str(HERE / "serving_client.py")]
+    return json.loads(subprocess.run(client, input=asked, capture_output=True, text=True, check=True).stdout)

@@ -1,0 +1,332 @@
+"""What the server is asked: bodies as pydantic models, which check them and describe them in the OpenAPI document.
+
+Fields have OpenAI's names and ranges. Types are strict ("1" is no number), and a field that is not listed is refused,
+as OpenAI does: a misspelt option would be ignored otherwise. What the fields' ranges can't say (that the prompt fits
+the context, that a token is in the vocabulary) the engine checks.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from tilewright.runtime.grammar import Grammar
+from tilewright.runtime.server.limits import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    MAX_SAMPLES,
+    MAX_STOPS,
+)
+from tilewright.runtime.types import SamplingParams
+
+_INT31 = 2**31 - 1
+_INT63 = 2**63 - 1
+
+
+def _whole(value: Any) -> Any:
+    """2.0 is the same number as 2 in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _wholes(values: Any) -> Any:
+    """As `_whole`, for lists that may be long."""
+    return [_whole(v) for v in values] if isinstance(values, list) and float in set(map(type, values)) else values
+
+
+# After a Field, whose limits would not reach the document otherwise.
+Integral, Integrals = BeforeValidator(_whole), BeforeValidator(_wholes)
+
+Count = Annotated[int, Field(ge=1, le=_INT31), Integral]
+TokenId = Annotated[int, Field(ge=0, le=_INT31)]
+TokenIds = Annotated[list[TokenId], Integrals]
+Share = Annotated[float, Field(gt=0, le=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+# The sampler's scores would overflow between the two.
+Temperature = Annotated[
+    float, Field(ge=0, le=2, json_schema_extra={"not": {"exclusiveMinimum": 0, "exclusiveMaximum": 0.001}})
+]
+Label = Annotated[str, Field(max_length=512)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelBody(Body):
+    model: str = Field(min_length=1, max_length=256, description="A name that /v1/models lists.")
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="A last chunk without choices counts the tokens.")
+
+
+class StructuredOutputs(Body):
+    """The form of an answer: one of these."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json", description="A JSON schema.")
+    regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="Of the whole answer.")
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)] | None = (
+        None
+    )
+    grammar: Annotated[str, Field(min_length=1)] | None = Field(None, description="In Lark's notation.")
+
+    @model_validator(mode="after")
+    def _one(self) -> "StructuredOutputs":
+        if sum(value is not None for value in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
+            raise PydanticCustomError("combination", "structured_outputs has one of json, regex, choice and grammar")
+        return self
+
+    @property
+    def form(self) -> Grammar:
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar.choice(self.choice)
+        if self.grammar is not None:
+            return Grammar("lark", self.grammar)
+        return Grammar("json_schema", json.dumps(self.json_schema))
+
+
+class SampledBody(ModelBody):
+    """What /v1/chat/completions and /v1/completions share. null stands for the default everywhere."""
+
+    temperature: Temperature | None = Field(None, description="0 takes the likeliest token each time; default 1.")
+    top_p: Share | None = Field(None, description="Draw from the likeliest tokens of this total probability.")
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES), Integral] | None = Field(
+        None, description="Answers to one prompt, computed together: at most the sequences of a step."
+    )
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The text ends before the first of these."
+    )
+    seed: Annotated[int, Field(ge=0, le=_INT63), Integral] | None = Field(
+        None, description="The same seed and request give the same tokens, whatever else the server does."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenName, Bias], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})
+        ]
+        | None
+    ) = Field(None, description="Token id, as text: what is added to its logit.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Beside stream: true only.")
+    user: Label | None = Field(None, description="Ignored.")
+    metadata: dict[str, Label] | None = Field(None, description="Ignored.")
+    # Extensions to OpenAI's API; its Python client sends them as `extra_body`.
+    top_k: Annotated[int, Field(ge=0, le=_INT31), Integral] | None = Field(None, description="Extension: 0 is off.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Extension: leaves out tokens less likely than this share of the likeliest."
+    )
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None, description="Extension: 1 is off."
+    )
+    min_tokens: Annotated[int, Field(ge=0, le=_INT31), Integral] | None = Field(
+        None, description="Extension: no end before so many tokens."
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS), Integrals] | None = Field(
+        None, description="Extension: tokens that end an answer, beside the model's own."
+    )
+    ignore_eos: bool | None = Field(None, description="Extension: the model's own end tokens do not end an answer.")
+    priority: Annotated[int, Field(ge=-1000, le=1000), Integral] | None = Field(
+        None, description="Extension: higher goes first; default 0. A key may have an upper limit."
+    )
+    deadline_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None,
+        description="Extension: seconds after which what is there is the answer, with finish_reason length and "
+        "stop_reason deadline.",
+    )
+
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="Extension: the form that the answer has, unless it is cut off."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SampledBody":
+        if self.temperature is not None and 0 < self.temperature < 1e-3:
+            raise PydanticCustomError("range", "temperature is below 0.001; give 0 for greedy, or at least 0.001")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("combination", "stream_options goes with stream: true only; drop it")
+        return self
+
+    @property
+    def form(self) -> Grammar | None:
+        """The form of the answer, if it has one."""
+        return None if self.structured_outputs is None else self.structured_outputs.form
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None, most_s: float) -> SamplingParams:
+        """For the engine. most_s: how long a request may take at all. Raises RequestError."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": None if self.logit_bias is None else {int(t): b for t, b in self.logit_bias.items()},
+            "seed": self.seed,
+            "n": self.n,
+            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "priority": self.priority,
+            "grammar": self.form,
+        }
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        deadline_s = most_s if self.deadline_s is None else min(self.deadline_s, most_s)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, deadline_s=deadline_s, **chosen)
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+# -- chat --------------------------------------------------------------------------------------------------------------
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+
+
+class ChatMessage(Body):
+    """One message of a conversation, of text only. developer is another word for system."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Label | None = None
+
+    def for_template(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """name, description, strict: ignored; the answer keeps to the schema in any case."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+_ANY_OBJECT = '{"type": "object"}'
+
+
+class ChatRequest(SampledBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = Field(None, description="By default what the context leaves.")
+    max_tokens: Count | None = Field(None, description="The older name of max_completion_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = Field(
+        None, description="Beside logprobs: true only."
+    )
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("combination", "top_logprobs goes with logprobs: true only; add it")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError("combination", "max_tokens is the older name of max_completion_tokens; drop one")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise PydanticCustomError("combination", "response_format and structured_outputs say the same; drop one")
+        return self
+
+    @property
+    def form(self) -> Grammar | None:
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return Grammar("json_schema", json.dumps(self.response_format.json_schema.json_schema))
+        return (
+            Grammar("json_schema", _ANY_OBJECT) if isinstance(self.response_format, JsonObjectFormat) else super().form
+        )
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+Tokens = Annotated[list[TokenId], Field(min_length=1), Integrals]
+
+
+class CompletionRequest(SampledBody):
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Count | None = Field(None, description="Default 16, as OpenAI has it.")
+    logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = None
+    echo: bool | None = Field(None, description="The prompt's text before the answer's; not beside logprobs.")
+
+    @model_validator(mode="after")
+    def _echo_alone(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError("combination", "logprobs of a prompt's tokens are not computed; drop echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each of them, a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(ModelBody):
+    """One of the two: a text, or a conversation as the chat template spells it."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("combination", "give one of prompt and messages")
+        return self
+
+
+class DetokenizeRequest(ModelBody):
+    tokens: TokenIds
