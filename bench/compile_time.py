@@ -14,15 +14,15 @@ from results_file import Results, about
 RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
 
 
-def time_compile(model: str, results: Results, options: dict[str, Any] | None = None, **facts: Any) -> None:
-    """options: of tilewright.compile. facts: for the lines of results."""
+def time_compile(source: str, results: Results, options: dict[str, Any] | None = None, **facts: Any) -> None:
+    """source: a model. options: of tilewright.compile. facts: for the lines of results."""
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(Path(place) / "cache")}
         given = {"output": str(Path(place) / "m.tw"), **(options or {})}
         # Kernels compile in processes of their own: the greatest of them counts beside this one.
         code = (
             "import resource, time; t = time.perf_counter(); import tilewright; "
-            f"tilewright.compile({model!r}, **{given!r}); "
+            f"tilewright.compile({source!r}, **{given!r}); "
             "used = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]; "
             "print(time.perf_counter() - t, max(used) / 1024)"
         )

@@ -163,13 +163,18 @@ def kernel_calls(mod: Any) -> dict[str, Counter[str]]:
 
 
 def describe_kernels(mod: Any, calls: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
-    """A record a kernel: schedule, tile, floor of one call, and how often each function calls it."""
+    """A record a kernel: schedule, tile, floor of one call, and how often each function calls it.
+
+    One that passes its calls on to others lists them: picks, [[most rows, name], ...].
+    """
     described = []
     for gvar, func in sorted(mod.functions.items(), key=lambda item: item[0].name_hint):
         if "tw.kernel" not in (func.attrs or {}):
             continue
         name = gvar.name_hint
         about = json.loads(str(func.attrs["tw.kernel"]))
+        if "tw.by_rows" in func.attrs:
+            about["picks"] = json.loads(str(func.attrs["tw.by_rows"]))
         described.append({"name": name, **about, "calls": {f: c[name] for f, c in sorted(calls.items()) if c[name]}})
     return described
 

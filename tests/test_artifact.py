@@ -69,10 +69,13 @@ def test_every_kernel_tells_schedule_tile_floor_and_calls(path: Path) -> None:
     kernels = Artifact.open(path).manifest.kernels
     assert len({k["name"] for k in kernels}) == len(kernels)
     assert {k["composite"] for k in kernels} >= {"linear", "embedding", "qkv_append", "paged_attention", "sample"}
+    picked = {name for kernel in kernels for _, name in kernel.get("picks", ())}
+    assert picked <= {k["name"] for k in kernels}
     for kernel in kernels:
-        assert kernel["name"].startswith(kernel["schedule"]) and kernel["calls"]
+        assert kernel["name"].startswith(kernel["schedule"])
+        assert kernel["calls"] or kernel["name"] in picked
         assert set(kernel["calls"]) <= {"step", "step_1", "logits", "layers"}
-        assert isinstance(kernel["tile"], dict)
+        assert isinstance(kernel["tile"], dict) != ("picks" in kernel)
         assert kernel["rows"] in (None, kernel["max_rows"])
     assert any(k["calls"] == {"step_1": k["calls"].get("step_1")} for k in kernels), "none is the lone decode's own"
 

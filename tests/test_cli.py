@@ -107,6 +107,7 @@ def test_compile_passes_its_options_on(run, compiler, tmp_path):
                 "page_size": 8,
                 "strict": False,
                 "dump": tmp_path,
+                "logs": None,
             },
         )
     ]

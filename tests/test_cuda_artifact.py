@@ -67,17 +67,13 @@ class Compiled:
     def kernels(self, schedule: str | None = None) -> list[Mapping[str, Any]]:
         """The manifest's kernels, or those of one schedule, without the host functions that pick one of several."""
         kernels = self.artifact.manifest.kernels
-        return [k for k in kernels if schedule in (None, k["schedule"]) and not _picks(k)]
+        return [k for k in kernels if schedule in (None, k["schedule"]) and "picks" not in k]
 
     def code(self, kernel: Mapping[str, Any]) -> DeviceKernel:
         return self.device[f"{kernel['name']}_kernel"]
 
     def calls(self, schedule: str, step: str) -> int:
         return sum(k["calls"].get(step, 0) for k in self.artifact.manifest.kernels if k["schedule"] == schedule)
-
-
-def _picks(kernel: Mapping[str, Any]) -> bool:
-    return kernel["name"].startswith(f"{kernel['schedule']}_by_rows_")
 
 
 @pytest.fixture(scope="module", params=["smollm2", "8b"])

@@ -15,9 +15,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tilewright.load.arrivals import Arrival
-    from tilewright.load.drive import Standing
-    from tilewright.load.figures import Objective
+    from tilewright.traffic.arrivals import Arrival
+    from tilewright.traffic.drive import Standing
+    from tilewright.traffic.figures import Objective
 
 _EXTRA = ("aiohttp", "matplotlib")
 _REPORT_S = 5.0
@@ -63,7 +63,7 @@ def command(
     from tilewright.compiler.errors import UserError
 
     try:
-        from tilewright.load import client, drive, figures, plots
+        from tilewright.traffic import client, drive, figures, plots
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -127,7 +127,7 @@ def _plan(
     """(rate, arrivals) of each run. Raises UserError."""
     from tilewright import console
     from tilewright.compiler.errors import UserError
-    from tilewright.load.arrivals import at_rate, drawn, mean_rate, read_trace
+    from tilewright.traffic.arrivals import at_rate, drawn, mean_rate, read_trace
 
     for rate in rates or ():
         if not 0 < rate < math.inf:
@@ -247,7 +247,7 @@ def _warn_of(run: dict[str, Any], warn: Callable[[str], None]) -> None:
 
 def _tables(runs: Sequence[dict[str, Any]], objective: "Objective") -> list[Any]:
     from tilewright import console
-    from tilewright.load.figures import LATENCIES
+    from tilewright.traffic.figures import LATENCIES
 
     columns = ("rate", "requests", "failed", "requests/s", "output tokens/s", "goodput/s", "within")
     whole = console.table(f"goodput: {_words(objective)}", *columns, numeric=columns)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tilewright.compiler.errors import UserError
-from tilewright.load.arrivals import Arrival, at_rate, drawn, mean_rate, read_trace
+from tilewright.traffic.arrivals import Arrival, at_rate, drawn, mean_rate, read_trace
 
 HEAD = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tilewright.load.arrivals import Arrival
-from tilewright.load.client import Outcome
-from tilewright.load.figures import Objective, of_request, of_run
+from tilewright.traffic.arrivals import Arrival
+from tilewright.traffic.client import Outcome
+from tilewright.traffic.figures import Objective, of_request, of_run
 
 
 def outcome(due_s: float, first_s: float, pieces: int, gap_s: float, error: str | None = None) -> Outcome:

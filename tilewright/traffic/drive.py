@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from tilewright.load.arrivals import Arrival
-from tilewright.load.client import Outcome, Target, ask, prompt_of
+from tilewright.traffic.arrivals import Arrival
+from tilewright.traffic.client import Outcome, Target, ask, prompt_of
 
 
 @dataclass(frozen=True)

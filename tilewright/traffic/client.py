@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from tilewright.compiler.errors import UserError
-from tilewright.load.arrivals import Arrival
+from tilewright.traffic.arrivals import Arrival
 
 # Common words, which most vocabularies hold as one token each, the space before it included.
 _WORDS = [

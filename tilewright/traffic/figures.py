@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.load.client import Outcome
+from tilewright.traffic.client import Outcome
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
