@@ -83,7 +83,7 @@ def mixed(rows: int, vocab: int, rng: np.random.Generator, **fixed: object) -> d
     return inputs
 
 
-@pytest.mark.parametrize("vocab", [1, 17, 1000, 49152, LARGE], ids=lambda v: f"v{v}")
+@pytest.mark.parametrize("vocab", [17, LARGE], ids=lambda v: f"v{v}")
 def test_fits_in_registers_and_runs_in_clusters(vocab: int) -> None:
     kernel = compiled(vocab, min(20, vocab))
     resources = kernel.resources(0)
@@ -91,9 +91,8 @@ def test_fits_in_registers_and_runs_in_clusters(vocab: int) -> None:
     assert "UCGABAR" in kernel.sass(0) and "ST.E.CLUSTER" not in kernel.sass(0)
 
 
-@pytest.mark.parametrize("target", ["nvidia-a100", "nvidia-rtx-4090"])
-def test_compiles_without_clusters(target: str) -> None:
-    kernel = compiled(LARGE, 20, None, target)
+def test_compiles_without_clusters() -> None:
+    kernel = compiled(LARGE, 20, None, "nvidia-a100")
     assert "UCGABAR" not in kernel.sass(0)
 
 
