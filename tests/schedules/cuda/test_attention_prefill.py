@@ -68,10 +68,10 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_compiles_without_local_memory(spec: PagedAttentionSpec) -> None:
+@pytest.mark.parametrize("name", ["9of3x64", "4of1x128", "cap-sinks", "128-window-cap", "256-window"])
+def test_compiles_without_local_memory(name: str) -> None:
     """Indices of the copying warps may lie on the stack; nothing of the main loop does."""
-    run = make_runner(spec)
+    run = make_runner(SPECS[name])
     for kernel in (1, 2):
         stack, local = re.search(r" STACK:(\d+) .* LOCAL:(\d+) ", run.resources(kernel)).groups()
         assert int(stack) <= 16 and int(local) == 0
