@@ -15,9 +15,9 @@ MAX_PARTS = 64  # of one message
 class ServerLimits:
     """Every time is in seconds, above 0. Limits of prompts, answers and the queue are the engine's (EngineLimits).
 
-    max_body_bytes: a request's body; a context of a million tokens is about 4 MiB of text.
+    max_body_bytes: a request's body; held in memory until it is whole.
     max_header_bytes: a request's line and headers, which h11 keeps in memory until they are complete.
-    max_connections: open sockets; each costs some 100 kB with its buffers.
+    max_connections: open sockets; each holds a file descriptor and buffers.
     header_s, body_s: a whole header, a whole body must have come by then; a slow sender holds a socket no longer.
     send_s: a reader that takes nothing for so long is cut off, its request cancelled.
     idle_s: a kept-alive connection without a request.
