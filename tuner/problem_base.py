@@ -1,5 +1,6 @@
 """What the composites of problems.py share: numbers to call kernels with, and how far results may be off."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ class Compared:
     most_error: float
 
 
-class Composite:
+class Composite(ABC):
     """What Problem asks of one composite."""
 
     layer_argument: int | None = None
@@ -48,11 +49,11 @@ class Composite:
     def close(self) -> float:
         return CLOSE[getattr(self.spec, "dtype", "float32")]
 
-    def arguments(self, rng: Rng) -> list[Array | int]:
-        raise NotImplementedError
+    @abstractmethod
+    def arguments(self, rng: Rng) -> list[Array | int]: ...
 
-    def compared(self, arguments: Sequence[Any], results: Sequence[Array]) -> list[Compared]:
-        raise NotImplementedError
+    @abstractmethod
+    def compared(self, arguments: Sequence[Any], results: Sequence[Array]) -> list[Compared]: ...
 
 
 def distance(actual: Array, expected: Array) -> float:

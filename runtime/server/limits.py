@@ -18,7 +18,7 @@ class ServerLimits:
     max_body_bytes: a request's body; held in memory until it is whole.
     max_header_bytes: a request's line and headers, which h11 keeps in memory until they are complete.
     max_connections: open sockets; each holds a file descriptor and buffers.
-    header_s, body_s: a whole header, a whole body must have come by then; a slow sender holds a socket no longer.
+    header_s, body_s: a whole header, a whole body must have come by then, lest a slow sender hold a socket.
     send_s: a reader that takes nothing for so long is cut off, its request cancelled.
     idle_s: a kept-alive connection without a request.
     request_s: from submission to the last token; what is there by then is the answer.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.breadth import quick
 from tests.cuda_runner import CudaRunner, cuda_target
 from tests.kernel_runner import lower
 from tests.schedules.cuda.paged_batches import expected, make_batch, make_spec
@@ -49,7 +50,7 @@ def runner(spec: PagedAttentionSpec, **tile: Any) -> CudaRunner:
     return CudaRunner(lower(PagedAttention(), call_of(spec), cuda_target(), chosen))
 
 
-@pytest.mark.parametrize("name", ["32of8x128", "8of1x256-window-cap", "6of2x128-cap-sinks"])
+@pytest.mark.parametrize("name", quick(("32of8x128", "8of1x256-window-cap", "6of2x128-cap-sinks"), SPECS))
 def test_compiles_into_registers(name: str) -> None:
     run = runner(SPECS[name])
     for kernel in (0, 1):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tvm.script import tirx as T
 
+from tests.breadth import quick
 from tests.cuda_runner import CudaRunner, cuda_target
 from tests.schedules.cuda.paged_batches import with_sinks
 from tests.tolerances import assert_close
@@ -68,7 +69,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", ["9of3x64", "4of1x128", "cap-sinks", "128-window-cap", "256-window"])
+@pytest.mark.parametrize("name", quick(("9of3x64", "4of1x128", "cap-sinks", "128-window-cap", "256-window"), SPECS))
 def test_compiles_without_local_memory(name: str) -> None:
     """Indices of the copying warps may lie on the stack; nothing of the main loop does."""
     run = make_runner(SPECS[name])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.breadth import quick
 from tests.cuda_runner import CudaRunner, cuda_target
 from tests.kernel_runner import lower
 from tests.schedules.cuda.test_linear import arguments, call, dense, gated, of_rows, reference, runners
@@ -105,7 +106,7 @@ def test_what_the_next_kernel_reads_is_there() -> None:
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("target", ["nvidia-a100", "nvidia-l40s"])
+@pytest.mark.parametrize("target", quick(("nvidia-a100", "nvidia-l40s"), OLDER))
 @pytest.mark.parametrize("spec", [dense(4096, 4096, residual=True), gated(28672, 4096)], ids=["o", "gate_up"])
 def test_every_tile_compiles_within_registers(spec: LinearSpec, target: str) -> None:
     record = RECORDS[target]
@@ -117,9 +118,10 @@ def test_every_tile_compiles_within_registers(spec: LinearSpec, target: str) -> 
         assert "HMMA.16816.F32" in code and "LDGSTS" in code and "LDSM" in code
 
 
-def test_a_gate_is_rounded_before_the_residual_is_added() -> None:
+@pytest.mark.parametrize("target", ["nvidia-h100", "nvidia-a100"])
+def test_a_gate_is_rounded_before_the_residual_is_added(target: str) -> None:
     """In every tile: the product contracted with the sum would give other bits."""
-    record = RECORDS["nvidia-a100"]
+    record = RECORDS[target]
     facts = LINEAR.match(call(gated(3072, 576, residual=True), 64), record)
     for tile in LINEAR.space(facts, record):
         code = CudaRunner(LINEAR.apply(facts, tile, record), record).sass(0)

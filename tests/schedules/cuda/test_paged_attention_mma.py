@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from tests.breadth import quick
 from tests.cuda_runner import CudaRunner, cuda_target
 from tests.kernel_runner import lower
 from tests.schedules.cuda import paged_batches
@@ -31,10 +32,15 @@ def make_runner(spec: PagedAttentionSpec, decode: bool = False, target: Target |
 @pytest.mark.parametrize("decode", [False, True], ids=["mixed", "decode"])
 @pytest.mark.parametrize(
     "name, target",
-    [
-        *((name, "nvidia-a100") for name in ("4of1x128", "cap-sinks", "192", "256-window")),
-        ("256-window", "nvidia-l40s"),
-    ],
+    quick(
+        [
+            ("4of1x128", "nvidia-a100"),
+            ("cap-sinks", "nvidia-a100"),
+            ("192", "nvidia-a100"),
+            ("256-window", "nvidia-l40s"),
+        ],
+        [*((name, "nvidia-a100") for name in SPECS), ("4of1x128", "nvidia-l40s"), ("256-window", "nvidia-l40s")],
+    ),
 )
 def test_compiles_without_local_memory(name: str, target: str, decode: bool) -> None:
     """What is used once may lie on the stack where a head takes all registers; nothing of the main loop does."""

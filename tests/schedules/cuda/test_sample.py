@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.breadth import quick
 from tests.cuda_runner import CudaRunner, cuda_target
 from tests.sampling_reference import log_softmax, sample_reference, uniform
 from tests.schedules.test_sample import decided, make_inputs, one_row, without_lists
@@ -83,15 +84,17 @@ def mixed(rows: int, vocab: int, rng: np.random.Generator, **fixed: object) -> d
     return inputs
 
 
-def test_fits_in_registers_and_runs_in_clusters() -> None:
-    kernel = compiled(LARGE, 20)
+@pytest.mark.parametrize("vocab", quick((LARGE,), (1, 17, 1000, 49152, LARGE)), ids=lambda v: f"v{v}")
+def test_fits_in_registers_and_runs_in_clusters(vocab: int) -> None:
+    kernel = compiled(vocab, min(20, vocab))
     resources = kernel.resources(0)
     assert "LOCAL:0" in resources and "STACK:0" in resources
     assert "UCGABAR" in kernel.sass(0) and "ST.E.CLUSTER" not in kernel.sass(0)
 
 
-def test_compiles_without_clusters() -> None:
-    kernel = compiled(LARGE, 20, None, "nvidia-a100")
+@pytest.mark.parametrize("target", quick(("nvidia-a100",), ("nvidia-a100", "nvidia-rtx-4090")))
+def test_compiles_without_clusters(target: str) -> None:
+    kernel = compiled(LARGE, 20, None, target)
     assert "UCGABAR" not in kernel.sass(0)
 
 
