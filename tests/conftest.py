@@ -5,6 +5,7 @@ anything on the machine; set TILEWRIGHT_CACHE_DIR to keep them between runs. No 
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import tilewright
 from tilewright.compiler import env
 
 REAL_MODEL = "smollm2-135m"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; tested programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
