@@ -175,8 +175,10 @@ def test_halves_of_tiles_give_the_same_bits(spec: LinearSpec, tokens: int) -> No
         dense(576, 1536, residual=True),
         dense(1001, 256, "float16", bias=True, out_dtype="float32"),
         dense(200, 208, bias=True, residual=True),
+        dense(1100, 8192, residual=True),
+        dense(296, 8192),
     ],
-    ids=["gate_up", "odd-gate", "down", "float32", "odd"],
+    ids=["gate_up", "odd-gate", "down", "float32", "odd", "turns", "turns-parts"],
 )
 def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) -> None:
     """For activations of wild magnitudes, whose sums depend on the order of their terms as much as they can."""
@@ -199,20 +201,24 @@ def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) 
             assert torch.equal(y, expected), f"{tile}, {m} tokens"
 
 
-@pytest.mark.parametrize("spec", [dense(960, 576), gated(3072, 576)], ids=["qkv", "gate_up"])
+@pytest.mark.parametrize(
+    "spec", [dense(960, 576), gated(3072, 576), dense(2048, 8192)], ids=["qkv", "gate_up", "turns"]
+)
 def test_few_tokens_wait_for_no_weight(spec: LinearSpec) -> None:
-    """All of a thread's weights are on their way before it waits for the kernel before."""
+    """All that a thread multiplies in its first turn is on its way before it waits for the kernel before."""
     (tile, *_) = few_tiles(spec, 8)
     run = CudaRunner(LINEAR.apply(LINEAR.match(call(spec, 8), cuda_target()), tile, cuda_target()))
     before, after = run.sass(0).split("ACQBULK")
-    assert before.count("LDG.E.64") == 2 * spec.in_features // 16 // tile.warps
+    assert before.count("LDG.E.64") == 2 * tile.steps(spec)
     assert "HMMA.16816" in after and "HMMA" not in before
     assert "STACK:0 " in run.resources(0)
 
 
-def test_tiles_for_few_tokens_are_for_small_weights() -> None:
+def test_tiles_for_few_tokens_are_for_small_weights_and_few_outputs() -> None:
     assert [tile.warps for tile in few_tiles(dense(576, 576), 8)] == [3, 4, 6]
     assert [tile.warps for tile in few_tiles(dense(576, 1536), 8)] == [8], "each of four parts is too long for a warp"
+    assert [(tile.warps, tile.turns) for tile in few_tiles(dense(2048, 8192), 8)] == [(8, 4), (8, 8)], "a long chain"
+    assert [(tile.warps, tile.turns) for tile in few_tiles(dense(512, 8192), 8)] == [(8, 4), (8, 8)], "four parts"
     assert few_tiles(dense(576, 576), 9) == ()
     assert few_tiles(dense(6144, 4096), 1) == (), "the weight is too large"
     assert few_tiles(dense(64, 40), 1) == (), "K is no multiple of 16"
@@ -220,6 +226,8 @@ def test_tiles_for_few_tokens_are_for_small_weights() -> None:
     for warps in (0, 9):
         with pytest.raises(ValueError, match=f"{warps} warps"):
             LinearFewTile(warps)
+    with pytest.raises(ValueError, match="1 warps do not take 2 turns"):
+        LinearFewTile(1, 2)
 
 
 def test_long_sums_of_small_weights_are_taken_in_parts() -> None:
