@@ -69,9 +69,11 @@ class Linear(Schedule):
         return _BOUNDS
 
     def space(self, facts: LinearFacts, target: Target) -> Sequence[LinearTile | LinearFewTile]:
+        """Tiles for few tokens where there are any: in a step, where each kernel waits for the one before, they are
+        faster than the others, which a chain of one kernel alone does not show."""
         spec = facts.spec
-        many = tiles(spec.out_features, spec.in_features, facts.rows, target, parts_of(spec))
-        return (*few_tiles(spec, facts.rows), *many)
+        few = few_tiles(spec, facts.rows)
+        return few or tuple(tiles(spec.out_features, spec.in_features, facts.rows, target, parts_of(spec)))
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec

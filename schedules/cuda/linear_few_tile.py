@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.compiler.composites import LinearSpec
-from tilewright.schedules.cuda.linear_parts import is_small, parts_of
+from tilewright.schedules.cuda.linear_parts import is_narrow, is_small, parts_of
 
 STEP = 16  # of K, in one product of the matrix units
 
 _MOST_WARPS = 8
 _MOST_STEPS = 16  # of a warp at a time: four registers each
 _EASY_STEPS = 12
-_NARROW = 3072  # outputs up to which the chain of sums, rather than reading the weight, is most of wgmma's time
+_LEAST_STEPS = 4  # of a turn, which has to be worth handing on the sums
 
 TOKENS = 8  # of a block; at 16, TMA is as fast
 
@@ -37,7 +37,7 @@ class LinearFewTile:
 def few_tiles(spec: LinearSpec, tokens: int) -> Sequence[LinearFewTile]:
     """Valid tiles for up to so many tokens, the likely best first: few warps, since they wait for one another, and few
     turns. None where a tile of `linear_tile` is faster."""
-    if tokens > TOKENS or spec.in_features % STEP or not (is_small(spec) or spec.out_features <= _NARROW):
+    if tokens > TOKENS or spec.in_features % STEP or not (is_small(spec) or is_narrow(spec)):
         return ()
     parts = parts_of(spec)
     once = [LinearFewTile(warps) for warps in range(parts, _MOST_WARPS + 1, parts) if _fits(spec, warps, 1)]
@@ -47,6 +47,7 @@ def few_tiles(spec: LinearSpec, tokens: int) -> Sequence[LinearFewTile]:
     # So many warps that the chain is never without one whose weights are there.
     turns = range(2, spec.in_features // STEP + 1)
     several = [LinearFewTile(_MOST_WARPS, n) for n in turns if _fits(spec, _MOST_WARPS, n)]
+    several = [tile for tile in several if tile.steps(spec) >= _LEAST_STEPS]
     return tuple(several[:2]) if _MOST_WARPS % parts == 0 and parts < _MOST_WARPS else ()
 
 

@@ -15,7 +15,7 @@ from tilewright.schedules.base import Call, Lowering, Reject
 from tilewright.schedules.cuda.linear import Linear
 from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
 from tilewright.schedules.cuda.linear_parts import parts_of
-from tilewright.schedules.cuda.linear_tile import LinearTile
+from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 
 LINEAR = Linear()
 
@@ -176,7 +176,7 @@ def test_halves_of_tiles_give_the_same_bits(spec: LinearSpec, tokens: int) -> No
         dense(1001, 256, "float16", bias=True, out_dtype="float32"),
         dense(200, 208, bias=True, residual=True),
         dense(1100, 8192, residual=True),
-        dense(296, 8192),
+        dense(1100, 2304),
     ],
     ids=["gate_up", "odd-gate", "down", "float32", "odd", "turns", "turns-parts"],
 )
@@ -186,7 +186,7 @@ def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) 
 
     facts = LINEAR.match(call(spec, 8), cuda_target())
     few = few_tiles(spec, 8)
-    many = next(tile for tile in LINEAR.space(facts, cuda_target()) if isinstance(tile, LinearTile))
+    many = next(tiles(spec.out_features, spec.in_features, 8, cuda_target(), parts_of(spec)))
     assert few
     reference_run, *runs = runners([LINEAR.apply(facts, tile, cuda_target()) for tile in (many, *few)])
     for m in (1, 3, 8):
@@ -223,6 +223,7 @@ def test_tiles_for_few_tokens_are_for_small_weights_and_few_outputs() -> None:
     assert few_tiles(dense(6144, 4096), 1) == (), "the weight is too large"
     assert few_tiles(dense(64, 40), 1) == (), "K is no multiple of 16"
     assert few_tiles(dense(64, 37 * 16), 1) == (), "37 steps are too many for one warp, and no others share them"
+    assert few_tiles(dense(64, 136 * 16), 1) == (), "turns of one step are not worth the handing on"
     for warps in (0, 9):
         with pytest.raises(ValueError, match=f"{warps} warps"):
             LinearFewTile(warps)
@@ -230,9 +231,9 @@ def test_tiles_for_few_tokens_are_for_small_weights_and_few_outputs() -> None:
         LinearFewTile(1, 2)
 
 
-def test_long_sums_of_small_weights_are_taken_in_parts() -> None:
-    parts = [parts_of(dense(n, k)) for n, k in ((576, 1536), (2048, 2048), (576, 576), (2048, 8192), (576, 1100))]
-    assert parts == [4, 4, 1, 1, 1]
+def test_long_sums_of_small_or_narrow_weights_are_taken_in_parts() -> None:
+    sizes = ((576, 1536), (2048, 2048), (576, 576), (2048, 8192), (2112, 8192), (576, 1100))
+    assert [parts_of(dense(n, k)) for n, k in sizes] == [4, 4, 1, 4, 1, 1]
 
 
 @pytest.mark.parametrize("m", [1, 64, 2048])
@@ -282,8 +283,7 @@ def test_a_tile_checks_itself(fields: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize("m", [1, 16, 64, 128, 256, 2048])
 @pytest.mark.parametrize("n,k", [(576, 576), (6144, 4096), (128256, 4096), (17, 8)])
 def test_tiles_fit_in_shared_memory(n: int, k: int, m: int) -> None:
-    facts = LINEAR.match(call(dense(n, k, out_dtype="float32"), m), cuda_target())
-    space = [tile for tile in LINEAR.space(facts, cuda_target()) if isinstance(tile, LinearTile)]
+    space = list(tiles(n, k, m, cuda_target(), parts_of(dense(n, k))))
     assert space
     for tile in space:
         assert tile.shared_bytes * tile.blocks_per_sm <= cuda_target().shared_memory_bytes
