@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def lower(
     from tilewright.compiler.verify import verify
     from tilewright.models.registry import build_model
     from tilewright.passes.pipeline import PipelineOptions, pipeline
-    from tilewright.schedules.order import Chooser
+    from tilewright.schedules.order import Chooser, takes_norm
 
     stages = pipeline(
         PipelineOptions(
@@ -222,6 +223,7 @@ def lower(
             max_batch=options.max_batch,
             top_logprobs=TOP_LOGPROBS,
             choose=choose or Chooser(options.target),
+            takes_norm=partial(takes_norm, options.target),
         )
     )
     total = sum(len(passes) for _, passes in stages)

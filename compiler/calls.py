@@ -58,7 +58,7 @@ class Part:
     that the tile was taken from, "" for a default."""
 
     rows: int
-    func: Any  # tvm.tirx.PrimFunc, or one that is written down later (schedules/base.py)
+    func: Any  # tvm.tirx.PrimFunc, or one that is written down later (schedules/base.py); None: nothing is launched
     tile: Any
     record: str = ""
 

@@ -282,7 +282,8 @@ def _linear(builder: relax.BlockBuilder, spec: LinearSpec) -> _Body:
     def body(emit: Emit) -> Expr:
         y: Expr = cast(emit, x, "float32")
         if spec.norm:
-            y = rms_norm(emit, spec.norm, y, norm_weight[0])
+            y = cast(emit, rms_norm(emit, spec.norm, y, norm_weight[0]), spec.dtype)  # what is multiplied
+            y = cast(emit, y, "float32")
         if spec.gated:
             y = gated(emit, spec.gated, y)
         y = emit(op.matmul(y, emit(op.permute_dims(dense(emit)))))

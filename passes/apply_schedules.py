@@ -34,7 +34,7 @@ class ApplySchedules(Pass):
     module until code generation takes them out. `choose(call)` picks schedule and tile (schedules/order.py). A deferred
     kernel is an empty function here, whose attribute tw.call says what to ask `choose` again for it, and its content is
     that of its key. Where the number of rows decides between several, the one called is an empty function whose
-    attribute tw.by_rows lists them: [[most rows, name], ...].
+    attribute tw.by_rows lists them: [[most rows, name], ...], with no name where nothing is launched.
     """
 
     choose: Callable[[Call], Any]
@@ -111,6 +111,9 @@ class _Lowerer:
 
         for kernel, name in zip(lowering.kernels, names, strict=True):
             inputs = tuple(value(i) for i in kernel.inputs)
+            if not name:
+                values[kernel.outputs[0].name] = inputs[0]
+                continue
             parts = self._shared.get((name, inputs)) if kernel.shared else None
             if parts is None:
                 parts = _launch(builder, name, inputs, kernel.outputs, rows)
@@ -130,8 +133,11 @@ class _Lowerer:
             # The floor is the whole call's; its last kernel, which does the work, carries it.
             floor = dataclasses.asdict(choice.floor) if kernel is kernels[-1] else None
             if isinstance(kernel.func, ByRows):
-                parts = [[p.rows, self._add(asked, choice, index, p, None)] for p in kernel.func.parts]
+                listed = [(p.rows, p.func and self._add(asked, choice, index, p, None)) for p in kernel.func.parts]
+                parts = [[rows, name or ""] for rows, name in listed]
                 names.append(self._add_by_rows(asked, choice, parts, floor))
+            elif kernel.func is None:
+                names.append("")
             else:
                 part = Part(asked.m_max, kernel.func, choice.tile, choice.record.place if choice.record else "")
                 names.append(self._add(asked, choice, index, part, floor))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.compiler.calls import Call
+from tilewright.compiler.composites import LinearSpec
 from tilewright.compiler.pass_base import Pass
 from tilewright.passes.apply_schedules import ApplySchedules
 from tilewright.passes.canonicalize import Canonicalize
@@ -30,7 +31,8 @@ class PipelineOptions:
     strict: a token gets the same bits whether it was generated or stands in a prompt.
     formats: weight format by checkpoint tensor. narrow: those whose activations may be rounded to 8 bits.
     activations, kv_dtype: dtypes of what the step hands on and of the pages. decode_buckets: batch sizes with a static
-    step; any_decode: whether there is one for decode batches of any size.
+    step; any_decode: whether there is one for decode batches of any size. choose: the schedule and tile of a call.
+    takes_norm: whether a linear's kernels take the norm before it.
     """
 
     formats: tuple[tuple[str, str], ...]
@@ -46,6 +48,7 @@ class PipelineOptions:
     max_batch: int
     top_logprobs: int
     choose: Callable[[Call], Any]
+    takes_norm: Callable[[LinearSpec], bool]
 
 
 def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ...]:
@@ -73,7 +76,7 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
                 InsertPagedKV(o.page_size, o.kv_dtype, o.k_transposed, o.strict),
                 QuantizeWeights(formats=o.formats, narrow=o.narrow),
                 FuseQKVAppend(),
-                FuseLinearNeighbours(gate_after=not full),
+                FuseLinearNeighbours(gate_after=not full, takes_norm=o.takes_norm),
                 *(() if full else (LowerPrecision(dtype=o.activations),)),
                 LowerSampling(top_logprobs=o.top_logprobs),
                 PlanBuckets(

@@ -9,7 +9,7 @@ apply(facts, tile) -> Lowering             the kernels, and how they are called
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,12 @@ class KernelCall:
 
     An input is the index of an argument of the composite call, or the name of an output of an earlier kernel of the
     same lowering. A kernel may write into an argument only where the composite says so (pages), and into an earlier
-    kernel's output. A `shared` kernel reads only what is the same in every layer, such as positions: of equal calls in
-    one function only the first is made.
+    kernel's output. Where nothing is launched, since a later kernel does the work as well, the output is the first
+    input. A `shared` kernel reads only what is the same in every layer, such as positions: of equal calls in one
+    function only the first is made.
     """
 
-    func: Any  # tvm.tirx.PrimFunc, or a Deferred one, or ByRows
+    func: Any  # tvm.tirx.PrimFunc, or a Deferred one, or ByRows; None: nothing is launched
     inputs: tuple[int | str, ...]
     outputs: tuple[Output, ...]
     shared: bool = False
@@ -112,6 +113,13 @@ class Lowering:
 
     kernels: tuple[KernelCall, ...]
     results: tuple[int | str, ...]
+
+    def launched(self) -> "Lowering":
+        """Without the calls that launch nothing."""
+        instead = {k.outputs[0].name: k.inputs[0] for k in self.kernels if k.func is None}
+        kernels = [k for k in self.kernels if k.func is not None]
+        inputs = [tuple(instead.get(i, i) if isinstance(i, str) else i for i in k.inputs) for k in kernels]
+        return Lowering(tuple(replace(k, inputs=i) for k, i in zip(kernels, inputs, strict=True)), self.results)
 
 
 class Schedule(ABC):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from tilewright.compiler.composites import load_spec
+from tilewright.compiler.composites import LinearSpec, load_spec
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import ByRows, Call, Floor, KernelCall, Lowering, Part, Reject, Schedule
@@ -26,6 +26,7 @@ from tilewright.schedules.cpu.sample import Sample
 from tilewright.schedules.cuda.embedding import Embedding as CudaEmbedding
 from tilewright.schedules.cuda.gated import Gated as CudaGated
 from tilewright.schedules.cuda.linear import Linear as CudaLinear
+from tilewright.schedules.cuda.linear import takes_norm as linear_takes_norm
 from tilewright.schedules.cuda.linear_mma import LinearMma as CudaLinearMma
 from tilewright.schedules.cuda.paged_attention import PagedAttention as CudaPagedAttention
 from tilewright.schedules.cuda.paged_attention_mma import PagedAttentionMma as CudaPagedAttentionMma
@@ -135,6 +136,11 @@ class Chooser:
         tile, record = self.known.best(schedule.name, facts, call.rows, space) or (space[0], None)
         floor = schedule.floor(facts, self.target)
         return Choice(schedule, facts, tile, floor, schedule.apply(facts, tile, self.target), record)
+
+
+def takes_norm(target: Target, spec: LinearSpec) -> bool:
+    """Whether a linear with a norm before it, as the spec has it, is worth one call."""
+    return target.kind == "cpu" or (target.has("wgmma") and linear_takes_norm(spec))
 
 
 def parts_of(schedule: Schedule, call: Call, target: Target) -> list[Call]:

@@ -39,8 +39,8 @@ class CudaRunner:
     """
 
     def __init__(self, lowering: Lowering, target: Target | None = None) -> None:
-        self.lowering = lowering
-        functions = {f"kernel_{i}": kernel.written() for i, kernel in enumerate(lowering.kernels)}
+        self.lowering = lowering.launched()
+        functions = {f"kernel_{i}": kernel.written() for i, kernel in enumerate(self.lowering.kernels)}
         named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         objects = compile_kernels(named, target or cuda_target(), env.cache_dir() / "kernels", env.jobs())
         self.kernels = {name: read_kernel(objects[name]) for name in named}

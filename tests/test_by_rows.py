@@ -57,6 +57,14 @@ def test_the_first_kernel_for_as_many_rows_runs(tmp_path: Path) -> None:
         assert (y == value).all(), f"{rows} rows"
 
 
+def test_nothing_runs_where_no_kernel_is_named(tmp_path: Path) -> None:
+    choose = built('[[2, ""], [5, "fill_2"], [9, ""]]', 3, tmp_path)
+    for rows, value in ((2, np.nan), (3, 2), (6, np.nan), (20, np.nan)):
+        x, y = np.zeros(rows, np.float32), np.full(rows, np.nan, np.float32)
+        choose(tvm_ffi.from_dlpack(x), tvm_ffi.from_dlpack(y))
+        assert np.array_equal(y, np.full(rows, value, np.float32), equal_nan=True), f"{rows} rows"
+
+
 @dataclass(frozen=True)
 class _Fill(Schedule):
     """One tile up to 4 rows and another up to 8, of which the latter is that for 16 as well."""

@@ -114,6 +114,7 @@ def compile_lowering(lowering: Lowering, target: Target) -> Candidate:
     from tilewright.compiler.codegen.kernel_library import link_kernels
     from tilewright.compiler.codegen.kernels import compile_kernels, device_part
 
+    lowering = lowering.launched()
     names = [f"kernel_{i}" for i in range(len(lowering.kernels))]
     written = {n: k.written().with_attr("global_symbol", n) for n, k in zip(names, lowering.kernels, strict=True)}
     objects = list(compile_kernels(written, target, env.cache_dir() / "kernels", 1).values())

@@ -23,13 +23,14 @@ int32_t __tvm_ffi_{name}(void *self, const TVMFFIAny *args, int32_t count, TVMFF
   if (args[0].type_index == kTVMFFITensor) first += sizeof(TVMFFIObject);
   const int64_t rows = ((const DLTensor *)first)->shape[0];
 {choices}
-  return __tvm_ffi_{last}(self, args, count, result);
+  {last}
 }}
 """
 
 
 def by_rows(func: Any) -> list[tuple[int, str]] | None:
-    """The kernels that a function of a scheduled module chooses from, each after the most rows that it is for."""
+    """The kernels that a function of a scheduled module chooses from, each after the most rows that it is for; "" where
+    nothing is launched for them."""
     listed = (func.attrs or {}).get("tw.by_rows")
     return None if listed is None else [(rows, name) for rows, name in json.loads(str(listed))]
 
@@ -41,11 +42,9 @@ def compile_choice(parts: list[tuple[int, str]], name: str) -> bytes:
     *few, (_, last) = parts
     source = _SOURCE.format(
         name=name,
-        last=last,
-        declarations="\n".join(f"Kernel __tvm_ffi_{part};" for _, part in parts),
-        choices="\n".join(
-            f"  if (rows <= {rows}) return __tvm_ffi_{part}(self, args, count, result);" for rows, part in few
-        ),
+        last=_pass_on(last),
+        declarations="\n".join(f"Kernel __tvm_ffi_{part};" for _, part in parts if part),
+        choices="\n".join(f"  if (rows <= {rows}) {_pass_on(part)}" for rows, part in few),
     )
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "choice.o"
@@ -54,3 +53,7 @@ def compile_choice(parts: list[tuple[int, str]], name: str) -> bytes:
         if result.returncode:
             raise TargetError(f"{command[0]} could not compile the choice of a kernel: {result.stderr.strip()}")
         return output.read_bytes()
+
+
+def _pass_on(part: str) -> str:
+    return f"return __tvm_ffi_{part}(self, args, count, result);" if part else "return 0;"

@@ -1,10 +1,10 @@
 """Dense linears on Hopper, y = x @ W^T with bias, gate and residual, for any number of tokens: wgmma fed by TMA."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright.compiler.composites import LinearSpec
+from tilewright.compiler.composites import LinearSpec, NormSpec
 from tilewright.compiler.packed_weights import ROWS
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Reject, Schedule
@@ -13,6 +13,7 @@ from tilewright.schedules.cuda.linear_few_tile import LinearFewTile, few_tiles
 from tilewright.schedules.cuda.linear_kernel import linear_kernel
 from tilewright.schedules.cuda.linear_parts import parts_of
 from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
+from tilewright.schedules.cuda.rms_norm import WARP_FEATURES, NormFacts, RMSNorm, norm_kernel
 
 # Tokens up to each of which a linear has tiles of its own; above the last, tiles are as good as they get.
 _BOUNDS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
@@ -24,6 +25,19 @@ class LinearFacts:
 
     spec: LinearSpec
     rows: int
+
+
+def takes_norm(spec: LinearSpec) -> bool:
+    """Whether a linear's kernel for few tokens takes the norm before it, as the spec has it: short rows, which a warp
+    adds up. In the kernels' arguments the norm is in the place of a bias and a residual."""
+    alone = not (spec.bias or spec.residual or spec.gated)
+    return alone and spec.norm is not None and spec.in_features <= WARP_FEATURES and bool(few_tiles(spec, 1))
+
+
+def _norm_of(spec: LinearSpec) -> NormSpec:
+    """The norm before a linear, of its dtype."""
+    assert spec.norm is not None
+    return replace(spec.norm, dtype=spec.dtype)
 
 
 def refuse_linear(spec: LinearSpec) -> Reject | None:
@@ -46,6 +60,13 @@ def linear_lowering(spec: LinearSpec, kernel: Any) -> Lowering:
     return Lowering((KernelCall(kernel, (0, 1, bias, residual), (out,)),), ("y",))
 
 
+def _normed_lowering(spec: LinearSpec, norm: Any, kernel: Any) -> Lowering:
+    """The call of a norm, and of `kernel` on its result; or of a `kernel` that normalises by itself."""
+    x = Output("normed", ("m", spec.in_features), spec.dtype)
+    out = Output("y", ("m", spec.result_features), spec.out_dtype)
+    return Lowering((KernelCall(norm, (0, 2), (x,)), KernelCall(kernel, ("normed", 1, 2, 0), (out,))), ("y",))
+
+
 class Linear(Schedule):
     name = "linear"
     composite = "linear"
@@ -55,7 +76,7 @@ class Linear(Schedule):
         spec = call.spec
         if not (target.has("tma") and target.has("wgmma")):
             return Reject(f"{target.name} has no wgmma")
-        refusal = refuse_linear(spec)
+        refusal = refuse_linear(replace(spec, norm=None) if takes_norm(spec) else spec)
         if refusal is not None:
             return refusal
         if spec.in_features % 8:
@@ -88,4 +109,11 @@ class Linear(Schedule):
     def apply(self, facts: LinearFacts, tile: LinearTile | LinearFewTile, target: Target) -> Lowering:
         few = isinstance(tile, LinearFewTile)
         kernel = linear_few_kernel(facts.spec, tile, target) if few else linear_kernel(facts.spec, tile, target)
-        return linear_lowering(facts.spec, kernel)
+        if facts.spec.norm is None:
+            return linear_lowering(facts.spec, kernel)
+        return _normed_lowering(facts.spec, None if few else self._norm(facts.spec, target), kernel)
+
+    def _norm(self, spec: LinearSpec, target: Target) -> Any:
+        norm = _norm_of(spec)
+        tile = RMSNorm().space(NormFacts(norm, ()), target)[0]
+        return norm_kernel(norm, (), tile, target)

@@ -12,8 +12,12 @@ So a sum has the bits of `linear_kernel`: on Hopper a step adds its
 values of a step, as one load.
 
 With a gate, a block's rows are 8 of the gate and the 8 of up beside them.
+
+With a norm, the block normalises its tokens by itself: each of its warps adds up the squares of some tokens, as
+`norm_kernel` does with one warp a row, and what is multiplied is rounded as that kernel rounds it: the same bits.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from tvm.script import tirx as T
@@ -26,8 +30,9 @@ from tilewright.schedules.cuda.launch import chained
 from tilewright.schedules.cuda.linear_arguments import match_arguments
 from tilewright.schedules.cuda.linear_few_tile import STEP, TOKENS, LinearFewTile
 from tilewright.schedules.cuda.linear_parts import parts_of
-from tilewright.schedules.cuda.pairs import PTX_TYPES
-from tilewright.schedules.cuda.rows import Vector
+from tilewright.schedules.cuda.pairs import PTX_TYPES, pack_pair, unpack_pair
+from tilewright.schedules.cuda.rms_norm import threads_of
+from tilewright.schedules.cuda.rows import Vector, add_squares, load_floats
 
 _ROWS = 16  # of a block
 
@@ -47,6 +52,17 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
     halves = 1 if gated else 2  # outputs of a thread for a token, 8 apart
     ragged = n % _ROWS != 0
     pdl = target.has("pdl")
+    normed = spec.norm is not None
+    norm = replace(spec.norm, dtype=spec.dtype) if spec.norm else None
+    eps = norm.eps if norm else 0.0
+    (vector,) = Vector.widest([spec.dtype], k)
+    vectors, threads = k // vector.width, threads_of(norm) if norm else 1
+    chunks = -(-vectors // threads)
+    each = -(-TOKENS // warps)  # tokens whose squares a warp adds up
+
+    def taken(x, residual):
+        """What is multiplied, or normalised first."""
+        return residual if normed else x
 
     def biased(total, constant):
         return total + constant if spec.bias else total
@@ -85,6 +101,10 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
         constant = T.alloc_local([2], "float32")
         before = added.registers(4)
         rounded = stored.registers()
+        scales = T.alloc_shared([TOKENS if normed else 1], "float32")
+        gains = T.alloc_local([steps * 4 if normed else 1], "float32")
+        rows = vector.registers(chunks * each if normed else 1)
+        total = T.alloc_local([1], "float32")
 
         @T.inline
         def load_weights(turn):
@@ -108,12 +128,49 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
                     T.ptx["ld.global.v2.b32"](
                         values[i * 2],
                         values[i * 2 + 1],
-                        x.ptr_to([T.cast(token0 + row, "int64"), column + (turn * (chain * steps) + i) * STEP]),
+                        taken(x, residual).ptr_to(
+                            [T.cast(token0 + row, "int64"), column + (turn * (chain * steps) + i) * STEP]
+                        ),
                     )
+
+        @T.inline
+        def load_rows():
+            """Whole rows of the tokens that the warp adds up."""
+            for i in T.unroll(each):
+                for c in T.unroll(chunks):
+                    vector.clear(rows, i * chunks + c)
+                    token: T.let = token0 + warp + i * warps
+                    at: T.let = lane + c * threads
+                    if T.And(T.And(lane < threads, at < vectors), T.And(warp + i * warps < TOKENS, token < m)):
+                        vector.load(rows, residual.ptr_to([T.cast(token, "int64"), at * vector.width]), i * chunks + c)
+
+        @T.inline
+        def normalise():
+            """The values to multiply: see `norm_kernel`."""
+            for i in T.unroll(each):
+                total[0] = T.float32(0)
+                for c in T.unroll(chunks):
+                    add_squares(total, vector.values(rows, i * chunks + c))
+                total[0] = T.cuda.warp_sum(total[0], threads)
+                total[0] = T.rsqrt(total[0] * T.float32(1 / k) + T.float32(eps))
+                if T.And(lane == 0, warp + i * warps < TOKENS):
+                    scales[warp + i * warps] = total[0]
+            T.cuda.cta_sync()
+            total[0] = scales[row]
+            for i in T.unroll(steps * 2):
+                pack_pair(
+                    values[i],
+                    unpack_pair(values[i], 0, spec.dtype) * total[0] * gains[i * 2],
+                    unpack_pair(values[i], 1, spec.dtype) * total[0] * gains[i * 2 + 1],
+                    spec.dtype,
+                )
 
         if pdl:
             T.ptx["griddepcontrol.launch_dependents"]()
         load_weights(0)
+        if normed:
+            for i in T.unroll(steps):
+                load_floats(gains, lambda at: bias.ptr_to([at]), column + i * STEP, 4, i)
         if spec.bias:
             for r in T.unroll(2):
                 constant[r] = bias[T.min(first + row + r * (outs if gated else 8), n - 1)]
@@ -121,7 +178,11 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
             T.ptx["griddepcontrol.wait"]()
         for i in T.unroll(steps * 2):
             values[i] = T.uint32(0)
+        if normed:
+            load_rows()
         load_values(0)
+        if normed:
+            normalise()
         if spec.residual:
             if warp == warps - 1:
                 for t in T.unroll(2):

@@ -25,6 +25,8 @@ from tilewright.schedules.cuda.rows import (
 
 MOST_VALUES = 32  # of a row in one thread's registers
 MOST_FEATURES = MOST_THREADS * MOST_VALUES
+_WARP_VECTORS = 4  # of a row in one thread's registers, where a warp takes it
+WARP_FEATURES = _WARP_VECTORS * WARP * 8  # of a row of 16-bit values that a warp takes
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def threads_of(spec: NormSpec) -> int:
     thread has two, and more only where they would need more threads than share a barrier cheaply."""
     (vector,) = Vector.widest([spec.dtype], spec.features)
     vectors = spec.features // vector.width
-    if vectors <= 4 * WARP:
+    if vectors <= _WARP_VECTORS * WARP:
         return min(WARP, power_of_two(vectors))
     threads = min(512, power_of_two(-(-vectors // 2)))
     return threads if spec.features <= threads * MOST_VALUES else MOST_THREADS

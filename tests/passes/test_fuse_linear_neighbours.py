@@ -93,9 +93,22 @@ def test_an_addend_of_another_shape_is_no_residual(shape):
     assert [op_name(b.value) for b in bindings(after["logits"])].count("add") == 1
 
 
+def test_a_norm_joins_the_linears_that_take_it() -> None:
+    """Here the joint projection alone: that of gate and up has as many inputs, but other outputs."""
+    before = packed_model(SMALL)
+    (outs, *_) = [spec.out_features for spec in linear_specs(before)]
+    takes = lambda spec: spec.norm is not None and spec.out_features == outs and not spec.residual  # noqa: E731
+    after = FuseLinearNeighbours(gate_after=True, takes_norm=takes).run(before)
+    verify(after, "served")
+    specs = linear_specs(after)
+    assert [s.norm is not None for s in specs] == [s.out_features == outs for s in specs]
+    layers = sum(s.norm is not None for s in specs)
+    assert layers and composite_names(after).count("rms_norm") == composite_names(before).count("rms_norm") - layers
+
+
 def test_a_gate_joins_the_linear_before_it_where_asked() -> None:
     before = packed_model(SMALL)
-    after = FuseLinearNeighbours(gate_after=True).run(before)
+    after = FuseLinearNeighbours(gate_after=True, takes_norm=lambda spec: False).run(before)
     verify(after, "served")
     round_trip(after)
     assert "gated" not in composite_names(after)

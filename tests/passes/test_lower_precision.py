@@ -30,7 +30,7 @@ def served(weight_format: str) -> tvm.IRModule:
         InsertPagedKV(page_size=PAGE_SIZE, k_transposed=False),
         QuantizeWeights(formats=tuple((s, weight_format) for s in sources)),
         FuseQKVAppend(),
-        FuseLinearNeighbours(gate_after=True),
+        FuseLinearNeighbours(gate_after=True, takes_norm=lambda spec: False),
     ):
         mod = p.run(mod)
     return mod

@@ -40,8 +40,10 @@ CASES = [
     gated(3072, 576),
     gated(208, 72, "gelu_tanh", bias=True),
     dense(4096, 1024),
+    dense(960, 576, norm=NormSpec(576, 1e-5)),
+    gated(208, 112, norm=NormSpec(112, 1e-5)),
 ]
-IDS = [f"{s.out_features}x{s.in_features}-{s.dtype}{'-gate' * bool(s.gate)}" for s in CASES]
+IDS = [f"{s.out_features}x{s.in_features}-{s.dtype}{'-gate' * bool(s.gate)}{'-norm' * bool(s.norm)}" for s in CASES]
 SIZES = (1, 2, 8, 9, 16, 31, 64, 100, 256, 300, 1030)
 
 
@@ -66,15 +68,19 @@ def arguments(spec: LinearSpec, m: int, seed: int):
 
     outs = spec.result_features
     weight = normal(spec.out_features, spec.in_features, scale=spec.in_features**-0.5).to(dtype)
+    gain = [normal(spec.in_features)] if spec.norm else []
     bias = [normal(spec.out_features)] if spec.bias else []
-    return [rows(spec.in_features), weight, *bias, *([rows(outs)] if spec.residual else [])]
+    return [rows(spec.in_features), weight, *gain, *bias, *([rows(outs)] if spec.residual else [])]
 
 
 def reference(spec: LinearSpec, given: list) -> np.ndarray:
-    """In float64, rounded nowhere."""
+    """In float64, rounded nowhere but after a norm."""
     import torch
 
     x, weight, *rest = [a.double() for a in given]
+    if spec.norm:
+        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps) * rest.pop(0)
+        x = x.to(given[0].dtype).double()
     y = x @ weight.T
     if spec.bias:
         y = y + rest[0]
@@ -177,8 +183,12 @@ def test_halves_of_tiles_give_the_same_bits(spec: LinearSpec, tokens: int) -> No
         dense(200, 208, bias=True, residual=True),
         dense(1100, 8192, residual=True),
         dense(1100, 2304),
+        dense(960, 576, norm=NormSpec(576, 1e-5)),
+        gated(3072, 576, norm=NormSpec(576, 1e-6)),
+        dense(104, 1024, "float16", norm=NormSpec(1024, 1e-5)),
+        dense(48, 112, norm=NormSpec(112, 1e-5)),
     ],
-    ids=["gate_up", "odd-gate", "down", "float32", "odd", "turns", "turns-parts"],
+    ids=["gate_up", "odd-gate", "down", "float32", "odd", "turns-parts", "turns", *[f"norm-{i}" for i in range(4)]],
 )
 def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) -> None:
     """For activations of wild magnitudes, whose sums depend on the order of their terms as much as they can."""
@@ -189,6 +199,7 @@ def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) 
     many = next(tiles(spec.out_features, spec.in_features, 8, cuda_target(), parts_of(spec)))
     assert few
     reference_run, *runs = runners([LINEAR.apply(facts, tile, cuda_target()) for tile in (many, *few)])
+    assert [len(run.kernels) for run in runs] == [1] * len(few), "a norm is a kernel of its own"
     for m in (1, 3, 8):
         given = arguments(spec, m, seed=m)
         exponents = torch.randn(given[0].shape, generator=torch.Generator("cuda").manual_seed(m), device="cuda")
@@ -258,7 +269,9 @@ def test_what_does_not_fit_is_refused_with_a_reason() -> None:
     assert "are not rows of" in reason(replace(dense(64, 64), weight_format="f16_rows"))
     assert "16 bytes" in reason(dense(64, 63))
     assert "no multiple of 8" in reason(dense(63, 64))
-    assert "kernels of their own" in reason(dense(64, 64, norm=NormSpec(64, 1e-5)))
+    for more in ({"bias": True}, {"residual": True}, {"in_features": 1040}, {"out_features": 6000}):
+        spec = replace(dense(64, 64, norm=NormSpec(64, 1e-5)), **more)
+        assert "kernels of their own" in reason(spec), more
     assert "are not stored" in reason(dense(64, 64, out_dtype="float32", residual=True))
 
 
