@@ -130,11 +130,11 @@ def test_linears_multiply_by_wgmma_what_tma_loads(compiled: Compiled) -> None:
         for kernel, sass in zip(linears, pool.map(lambda k: compiled.code(k).sass, linears), strict=True):
             if "MMA" not in sass:
                 assert compiled.small and "MUFU.RSQ" in sass, "a norm before linears for many tokens"
-            elif kernel["tile"].keys() == {"warps", "turns"}:
+            elif kernel["tile"].keys() == {"warps"}:
                 assert kernel["max_rows"] <= 8 and "HMMA" in sass and "UTMALDG" not in sass, kernel["name"]
             else:
                 assert "HGMMA" in sass and "UTMALDG" in sass, kernel["name"]
-    few = [k for k in linears if k["tile"].keys() == {"warps", "turns"}]
+    few = [k for k in linears if k["tile"].keys() == {"warps"}]
     assert len(few) == (4 if compiled.small else 0)
 
 

@@ -5,9 +5,7 @@ Where a weight is small, a step is launches and latencies. So nothing passes thr
 the kernel before still runs. Weights are the 16 rows of mma.m16n8k16, tokens its 8 columns.
 
 A part of a sum over K (`parts_of`) is one chain of steps of 16 in increasing K, which the warps hand on from one to the
-next, and from the last to the first where they take several turns; the last warp adds the parts up in order. A warp
-loads what it multiplies in its next turn as soon as it has handed on the sums, so that all of the others are between.
-So a sum has the bits of `linear_kernel`: on Hopper a step adds its
+next, and the last warp adds the parts up in order. So a sum has the bits of `linear_kernel`: on Hopper a step adds its
 16 products to the sum at once, in mma.sync as in wgmma, whatever their order in it. Each thread takes four neighbouring
 values of a step, as one load.
 
@@ -42,9 +40,9 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
     """Of the arguments in linear_arguments.py."""
     n, k = spec.out_features, spec.in_features
     gated, outs = spec.gate is not None, spec.result_features
-    warps, turns, parts = tile.warps, tile.turns, parts_of(spec)
+    warps, parts = tile.warps, parts_of(spec)
     chain = warps // parts  # of warps, for a part
-    steps = tile.steps(spec)
+    steps = k // STEP // warps  # of a warp
     row_blocks = -(-n // _ROWS)
     kind = PTX_TYPES[spec.dtype]
     multiply = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
@@ -84,16 +82,14 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
         T.device_entry()
         block = T.cta_id([row_blocks * ((m + (TOKENS - 1)) // TOKENS)])
         thread = T.thread_id([32 * warps])
-        sums = T.alloc_shared([warps, 32, 4], "float32")  # by the warp that reads them
+        sums = T.alloc_shared([max(1, warps - 1), 32, 4], "float32")
         warp: T.let = thread // 32
         lane: T.let = thread % 32
         row: T.let = lane // 4
         quad: T.let = lane % 4
         token0: T.let = T.truncdiv(block, row_blocks) * TOKENS
         first: T.let = T.truncmod(block, row_blocks) * (8 if gated else _ROWS)
-        link: T.let = T.truncmod(warp, chain)
-        part0: T.let = warp - link  # the first warp of the part
-        column: T.let = part0 * (turns * steps * STEP) + link * (steps * STEP) + quad * 4
+        column: T.let = warp * (steps * STEP) + quad * 4
         weights = T.alloc_local([steps * 4], "uint32")
         values = T.alloc_local([steps * 2], "uint32")
         acc = T.alloc_local([4], "float32")
@@ -105,33 +101,6 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
         gains = T.alloc_local([steps * 4 if normed else 1], "float32")
         rows = vector.registers(chunks * each if normed else 1)
         total = T.alloc_local([1], "float32")
-
-        @T.inline
-        def load_weights(turn):
-            for r in T.unroll(2):
-                w_row: T.let = first + row + r * (outs if gated else 8)
-                for i in T.unroll(steps):
-                    if ragged:
-                        for j in T.unroll(2):
-                            weights[i * 4 + r + j * 2] = T.uint32(0)
-                    if T.Or(not ragged, w_row < n):
-                        T.ptx["ld.global.v2.b32"](
-                            weights[i * 4 + r],
-                            weights[i * 4 + r + 2],
-                            w.ptr_to([T.cast(w_row, "int64"), column + (turn * (chain * steps) + i) * STEP]),
-                        )
-
-        @T.inline
-        def load_values(turn):
-            if token0 + row < m:
-                for i in T.unroll(steps):
-                    T.ptx["ld.global.v2.b32"](
-                        values[i * 2],
-                        values[i * 2 + 1],
-                        taken(x, residual).ptr_to(
-                            [T.cast(token0 + row, "int64"), column + (turn * (chain * steps) + i) * STEP]
-                        ),
-                    )
 
         @T.inline
         def load_rows():
@@ -167,7 +136,18 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
 
         if pdl:
             T.ptx["griddepcontrol.launch_dependents"]()
-        load_weights(0)
+        for r in T.unroll(2):
+            w_row: T.let = first + row + r * (outs if gated else 8)
+            for i in T.unroll(steps):
+                if ragged:
+                    for j in T.unroll(2):
+                        weights[i * 4 + r + j * 2] = T.uint32(0)
+                if T.Or(not ragged, w_row < n):
+                    T.ptx["ld.global.v2.b32"](
+                        weights[i * 4 + r],
+                        weights[i * 4 + r + 2],
+                        w.ptr_to([T.cast(w_row, "int64"), column + i * STEP]),
+                    )
         if normed:
             for i in T.unroll(steps):
                 load_floats(gains, lambda at: bias.ptr_to([at]), column + i * STEP, 4, i)
@@ -180,7 +160,13 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
             values[i] = T.uint32(0)
         if normed:
             load_rows()
-        load_values(0)
+        if token0 + row < m:
+            for i in T.unroll(steps):
+                T.ptx["ld.global.v2.b32"](
+                    values[i * 2],
+                    values[i * 2 + 1],
+                    taken(x, residual).ptr_to([T.cast(token0 + row, "int64"), column + i * STEP]),
+                )
         if normed:
             normalise()
         if spec.residual:
@@ -194,33 +180,28 @@ def linear_few_kernel(spec: LinearSpec, tile: LinearFewTile, target: Target) -> 
                             added.load(before, residual.ptr_to([T.cast(token, "int64"), out]), t + r * 2)
         for i in T.unroll(4):
             acc[i] = T.float32(0)
-        for turn in T.serial(turns):
-            if T.Or(link > 0, turn > 0):
-                T.ptx["bar.sync"](T.cast(warp + 1, "uint32"), T.uint32(64))
-                T.ptx["ld.shared.v4.f32"](*[acc[j] for j in range(4)], sums.ptr_to([warp, lane, 0]))
-            for i in T.unroll(steps):
-                T.ptx[multiply](
-                    *[acc[j] for j in range(4)],
-                    *[weights[i * 4 + j] for j in range(4)],
-                    *[values[i * 2 + j] for j in range(2)],
-                    *[acc[j] for j in range(4)],
-                )
-            if T.Or(warp < warps - 1, turn < turns - 1):
-                after: T.let = part0 + T.truncmod(link + 1, chain)
-                T.ptx["st.shared.v4.f32"](sums.ptr_to([after, lane, 0]), *[acc[j] for j in range(4)])
-                if T.Or(link < chain - 1, turn < turns - 1):
-                    T.ptx["bar.arrive"](T.cast(after + 1, "uint32"), T.uint32(64))
-                else:  # the end of a part
-                    T.ptx["bar.arrive"](T.uint32(warps + 1), T.uint32(32 * parts))
-            if turn < turns - 1:
-                load_weights(turn + 1)
-                load_values(turn + 1)
-        if warp == warps - 1:
+        if T.truncmod(warp, chain) > 0:
+            T.ptx["bar.sync"](T.cast(warp, "uint32"), T.uint32(64))
+            T.ptx["ld.shared.v4.f32"](*[acc[j] for j in range(4)], sums.ptr_to([warp - 1, lane, 0]))
+        for i in T.unroll(steps):
+            T.ptx[multiply](
+                *[acc[j] for j in range(4)],
+                *[weights[i * 4 + j] for j in range(4)],
+                *[values[i * 2 + j] for j in range(2)],
+                *[acc[j] for j in range(4)],
+            )
+        if warp < warps - 1:
+            T.ptx["st.shared.v4.f32"](sums.ptr_to([warp, lane, 0]), *[acc[j] for j in range(4)])
+            if T.truncmod(warp + 1, chain) > 0:
+                T.ptx["bar.arrive"](T.cast(warp + 1, "uint32"), T.uint32(64))
+            else:
+                T.ptx["bar.arrive"](T.uint32(warps), T.uint32(32 * parts))
+        else:
             if parts > 1:
-                T.ptx["bar.sync"](T.uint32(warps + 1), T.uint32(32 * parts))
+                T.ptx["bar.sync"](T.uint32(warps), T.uint32(32 * parts))
                 for part in T.unroll(parts - 1):
                     T.ptx["ld.shared.v4.f32"](
-                        *[others[part * 4 + j] for j in range(4)], sums.ptr_to([part * chain, lane, 0])
+                        *[others[part * 4 + j] for j in range(4)], sums.ptr_to([(part + 1) * chain - 1, lane, 0])
                     )
                 for j in T.unroll(4):
                     for part in T.unroll(parts - 2):

@@ -181,14 +181,12 @@ def test_halves_of_tiles_give_the_same_bits(spec: LinearSpec, tokens: int) -> No
         dense(576, 1536, residual=True),
         dense(1001, 256, "float16", bias=True, out_dtype="float32"),
         dense(200, 208, bias=True, residual=True),
-        dense(1100, 8192, residual=True),
-        dense(1100, 2304),
         dense(960, 576, norm=NormSpec(576, 1e-5)),
         gated(3072, 576, norm=NormSpec(576, 1e-6)),
         dense(104, 1024, "float16", norm=NormSpec(1024, 1e-5)),
         dense(48, 112, norm=NormSpec(112, 1e-5)),
     ],
-    ids=["gate_up", "odd-gate", "down", "float32", "odd", "turns-parts", "turns", *[f"norm-{i}" for i in range(4)]],
+    ids=["gate_up", "odd-gate", "down", "float32", "odd", *[f"norm-{i}" for i in range(4)]],
 )
 def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) -> None:
     """For activations of wild magnitudes, whose sums depend on the order of their terms as much as they can."""
@@ -203,7 +201,7 @@ def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) 
     for m in (1, 3, 8):
         given = arguments(spec, m, seed=m)
         exponents = torch.randn(given[0].shape, generator=torch.Generator("cuda").manual_seed(m), device="cuda")
-        given[0].mul_(torch.exp2(4 * exponents).to(given[0].dtype))
+        given[0].mul_(torch.exp2(4 * exponents.clamp(-3, 3)).to(given[0].dtype))  # finite in float16, too
         (expected,) = reference_run(*given)
         torch.cuda.synchronize()
         for tile, run in zip(few, runs, strict=True):
@@ -212,39 +210,32 @@ def test_tiles_for_few_tokens_give_the_bits_of_those_for_many(spec: LinearSpec) 
             assert torch.equal(y, expected), f"{tile}, {m} tokens"
 
 
-@pytest.mark.parametrize(
-    "spec", [dense(960, 576), gated(3072, 576), dense(2048, 8192)], ids=["qkv", "gate_up", "turns"]
-)
+@pytest.mark.parametrize("spec", [dense(960, 576), gated(3072, 576)], ids=["qkv", "gate_up"])
 def test_few_tokens_wait_for_no_weight(spec: LinearSpec) -> None:
-    """All that a thread multiplies in its first turn is on its way before it waits for the kernel before."""
+    """All of a thread's weights are on their way before it waits for the kernel before."""
     (tile, *_) = few_tiles(spec, 8)
     run = CudaRunner(LINEAR.apply(LINEAR.match(call(spec, 8), cuda_target()), tile, cuda_target()))
     before, after = run.sass(0).split("ACQBULK")
-    assert before.count("LDG.E.64") == 2 * tile.steps(spec)
+    assert before.count("LDG.E.64") == 2 * spec.in_features // 16 // tile.warps
     assert "HMMA.16816" in after and "HMMA" not in before
     assert "STACK:0 " in run.resources(0)
 
 
-def test_tiles_for_few_tokens_are_for_small_weights_and_few_outputs() -> None:
+def test_tiles_for_few_tokens_are_for_small_weights() -> None:
     assert [tile.warps for tile in few_tiles(dense(576, 576), 8)] == [3, 4, 6]
     assert [tile.warps for tile in few_tiles(dense(576, 1536), 8)] == [8], "each of four parts is too long for a warp"
-    assert [(tile.warps, tile.turns) for tile in few_tiles(dense(2048, 8192), 8)] == [(8, 4), (8, 8)], "a long chain"
-    assert [(tile.warps, tile.turns) for tile in few_tiles(dense(512, 8192), 8)] == [(8, 4), (8, 8)], "four parts"
     assert few_tiles(dense(576, 576), 9) == ()
     assert few_tiles(dense(6144, 4096), 1) == (), "the weight is too large"
     assert few_tiles(dense(64, 40), 1) == (), "K is no multiple of 16"
     assert few_tiles(dense(64, 37 * 16), 1) == (), "37 steps are too many for one warp, and no others share them"
-    assert few_tiles(dense(64, 136 * 16), 1) == (), "turns of one step are not worth the handing on"
     for warps in (0, 9):
         with pytest.raises(ValueError, match=f"{warps} warps"):
             LinearFewTile(warps)
-    with pytest.raises(ValueError, match="1 warps do not take 2 turns"):
-        LinearFewTile(1, 2)
 
 
-def test_long_sums_of_small_or_narrow_weights_are_taken_in_parts() -> None:
-    sizes = ((576, 1536), (2048, 2048), (576, 576), (2048, 8192), (2112, 8192), (576, 1100))
-    assert [parts_of(dense(n, k)) for n, k in sizes] == [4, 4, 1, 4, 1, 1]
+def test_long_sums_of_small_weights_are_taken_in_parts() -> None:
+    parts = [parts_of(dense(n, k)) for n, k in ((576, 1536), (2048, 2048), (576, 576), (2048, 8192), (576, 1100))]
+    assert parts == [4, 4, 1, 1, 1]
 
 
 @pytest.mark.parametrize("m", [1, 64, 2048])
@@ -269,7 +260,7 @@ def test_what_does_not_fit_is_refused_with_a_reason() -> None:
     assert "are not rows of" in reason(replace(dense(64, 64), weight_format="f16_rows"))
     assert "16 bytes" in reason(dense(64, 63))
     assert "no multiple of 8" in reason(dense(63, 64))
-    for more in ({"bias": True}, {"residual": True}, {"in_features": 1040}, {"out_features": 6000}):
+    for more in ({"bias": True}, {"residual": True}, {"in_features": 1040}, {"out_features": 70000}):
         spec = replace(dense(64, 64, norm=NormSpec(64, 1e-5)), **more)
         assert "kernels of their own" in reason(spec), more
     assert "are not stored" in reason(dense(64, 64, out_dtype="float32", residual=True))
