@@ -102,6 +102,7 @@ class Manifest:
     tokenizer: Mapping[str, Any]
     provenance: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    embedding: Mapping[str, Any] = field(default_factory=dict)  # pooling, dimensions; empty in older artifacts
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA
 

@@ -38,6 +38,7 @@ def compile(
     max_tokens: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     strict: bool = False,
+    pooling: str = "last",
     dump: str | os.PathLike[str] | None = None,
     logs: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
@@ -51,10 +52,11 @@ def compile(
     page_size: tokens a KV page.
     strict: a token gets the same bits whether it was generated or stands in a prompt. On a CPU it always does; on a
     GPU generated tokens then run by the prompts' attention kernel, which is slower where few sequences are long.
+    pooling: what an embedding of a text is made of: the state of its last token, or the mean of all.
     dump: a directory for the IR after every pass. logs: a directory of tuning records, by default that of the
     installation. Raises UserError for whatever the caller can mend.
     """
-    options = compile_options(target, weights, quant, max_batch, max_tokens, page_size, strict)
+    options = compile_options(target, weights, quant, max_batch, max_tokens, page_size, strict, pooling)
     options = replace(options, dump=Path(dump) if dump else None, logs=Path(logs) if logs else None)
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
@@ -77,10 +79,11 @@ def compile_options(
     max_tokens: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     strict: bool = False,
+    pooling: str = "last",
 ) -> Options:
     """What `compile` makes of its arguments. Raises UserError for what can't be."""
     batch, tokens = _given("max_batch", max_batch), _given("max_tokens", max_tokens)
-    options = Options(resolve_target(target), weights, quant, batch, tokens, page_size, strict)
+    options = Options(resolve_target(target), weights, quant, batch, tokens, page_size, strict, pooling)
     _check_quant(options)
     return options
 

@@ -121,6 +121,7 @@ def describe(
             "quant": options.quant,
             "strict": options.strict,
         },
+        embedding={"pooling": options.pooling, "dimensions": config.hidden, "normalized": True},
         warnings=(*conversions(checkpoint, params), *references(scheduled)),
     )
 

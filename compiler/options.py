@@ -7,6 +7,7 @@ from tilewright.compiler.errors import CompileError
 from tilewright.compiler.targets.base import Target
 
 DEFAULT_PAGE_SIZE = 16
+POOLINGS = ("last", "mean")  # the last token's state is the only one that has seen all of a text
 TOP_LOGPROBS = 20  # alternatives that a step returns, the most a request can ask for
 
 
@@ -51,6 +52,7 @@ class Options:
     max_tokens: int = 0
     page_size: int = DEFAULT_PAGE_SIZE
     strict: bool = False  # the same bits for a token whether it was generated or stands in a prompt
+    pooling: str = "last"  # of hidden states to a text's embedding: mean or last
     dump: Path | None = None
     logs: Path | None = None  # tuning records; None: the usual place
 
@@ -65,6 +67,8 @@ class Options:
             value = getattr(self, name)
             if not 1 <= value <= 65536:
                 raise CompileError(f"--{name.replace('_', '-')} is {value}; give a number from 1 to 65536")
+        if self.pooling not in POOLINGS:
+            raise CompileError(f"--pooling is {self.pooling!r}; use {' or '.join(POOLINGS)}")
         if self.max_batch > self.max_tokens:
             raise CompileError(
                 f"--max-batch {self.max_batch} is more than --max-tokens {self.max_tokens}, but a step holds a token "

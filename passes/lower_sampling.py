@@ -1,4 +1,4 @@
-"""The step that draws: logits and the sampler in one function."""
+"""The step that draws: logits and the sampler in one function; and what the logits are made of, for embeddings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import tvm
 from tvm import relax
 
+from tilewright.compiler.bodies import add_composite
 from tilewright.compiler.composites import SAMPLING_INPUTS, SampleSpec
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.pass_base import Pass
@@ -14,6 +15,7 @@ from tilewright.compiler.relax_utils import (
     Emitter,
     Expr,
     bindings,
+    composite_of,
     input_count,
     main_function,
     remove_dead_code,
@@ -25,10 +27,11 @@ from tilewright.compiler.served_bodies import add_served_composite, input_vars
 
 @dataclass(frozen=True)
 class LowerSampling(Pass):
-    """Add `step` beside `logits`, and `layers` where the model has taps. Stage "served".
+    """Add `step` and `hidden` beside `logits`, and `layers` where the model has taps. Stage "served".
 
     before   logits(STEP_INPUTS..., pages, *params) -> logits[r, V]                # or (logits, tap0, tap1 ...)
-    after    logits -> logits[r, V];  layers -> (logits, tap0, tap1 ...);  and
+    after    logits -> logits[r, V];  layers -> (logits, tap0, tap1 ...);
+             hidden -> x[r, K], after the last norm, where logits = linear(x, w);  and
              step(STEP_INPUTS..., SAMPLING_INPUTS..., pages, *params):
                  ...                                                     # as in logits
                  return sample(logits[r, V], temperature[r], ...)        # ids, logprobs, top_ids, top_logprobs
@@ -66,8 +69,9 @@ class LowerSampling(Pass):
         if tapped:
             _add(builder, "layers", served, lambda emitter, value, _: value)
         _add(builder, "logits", served, lambda emitter, value, _: _first(emitter, value))
+        _add(builder, "hidden", served, _hidden)
         _add(builder, "step", served, self._sample, SAMPLING_INPUTS)
-        return remove_dead_code(builder.get(), *(["layers"] if tapped else []), "logits", "step")
+        return remove_dead_code(builder.get(), *(["layers"] if tapped else []), "logits", "hidden", "step")
 
     def _sample(self, emitter: Emitter, value: Expr, sampling: Sequence[Any]) -> Expr:
         scores = _first(emitter, value)
@@ -104,3 +108,28 @@ def _add(
 def _first(emitter: Emitter, value: Expr) -> Expr:
     """The logits, which come first where the function returns taps as well."""
     return value if isinstance(value.ty, relax.TensorType) else emitter(relax.TupleGetItem(value, 0))
+
+
+def _hidden(emitter: Emitter, value: Expr, _: Sequence[Any]) -> Expr:
+    """What the projection to the vocabulary reads; a norm that has joined it stands alone again."""
+    builder = emitter.builder
+    projection = _defined(builder, _first(emitter, value))
+    composite = composite_of(builder.get(), projection)
+    if composite is None or composite[0] != "linear":
+        raise CompileError("the logits are not the result of a linear, so there are no hidden states to embed texts by")
+    x, _, *others = projection.args
+    norm = composite[1].norm
+    return x if norm is None else relax.Call(add_composite(builder, "rms_norm", norm), [x, others[0]])
+
+
+def _defined(builder: Any, value: Expr) -> Expr:
+    """What stands behind names and elements of tuples."""
+    while True:
+        if isinstance(value, relax.Var) and (found := builder.lookup_binding(value)) is not None:
+            value = found
+        elif isinstance(value, relax.TupleGetItem) and isinstance(
+            whole := _defined(builder, value.tuple_value), relax.Tuple
+        ):
+            value = whole.fields[value.index]
+        else:
+            return value

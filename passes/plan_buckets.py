@@ -41,7 +41,7 @@ class PlanBuckets(Pass):
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         functions: dict[Any, Any] = dict(mod.functions.items())
         for gvar, func in mod.functions.items():
-            if gvar.name_hint not in ("step", "logits", "layers"):
+            if gvar.name_hint not in ("step", "logits", "hidden", "layers"):
                 continue
             is_step = gvar.name_hint == "step"
             functions[gvar] = self._bounded(func, self.max_tokens, is_step)

@@ -39,6 +39,14 @@ class BatchBuilder:
                 places += [end - 1] * len(drawing)
         return StepBatch(rows=np.array(places, np.int32), **step, **self._sampling(rows)), rows
 
+    def prompts(self, chunks: Sequence[tuple[Sample, int]], every: bool) -> dict[str, np.ndarray]:
+        """STEP_INPUTS by name. Its rows are every token, or the last one of each sequence that is complete with them."""
+        step, last = self._step(chunks)
+        if every:
+            return step | {"rows": np.arange(last[-1], dtype=np.int32)}
+        ends = [e - 1 for (s, tokens), e in zip(chunks, last, strict=True) if s.computed + tokens == s.known]
+        return step | {"rows": np.array(ends, np.int32)}
+
     def _step(self, chunks: Sequence[tuple[Sample, int]]) -> tuple[dict[str, np.ndarray], list[int]]:
         """STEP_INPUTS but rows, and where each sequence's tokens end."""
         last = list(accumulate(tokens for _, tokens in chunks))

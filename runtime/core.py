@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.batch import BatchBuilder
+from tilewright.runtime.embedding import Embedder
 from tilewright.runtime.kv_cache import PagePool, pages_for
 from tilewright.runtime.prefix_tree import PrefixTree
 from tilewright.runtime.request import Request, Sample
@@ -99,6 +100,7 @@ class EngineCore:
         kept = PrefixTree(limits.page_size) if self.keep_prefixes else None
         self.pool = PagePool(limits.num_pages, limits.page_size, kept)
         self._builder = BatchBuilder(limits.page_size, limits.max_context)
+        self.embedder = Embedder(self.executor, self.budget, self.pool, self._builder)
         self._flights: deque[Flight] = deque()
         self._inbox: deque[tuple[str, Request]] = deque()
         self._door = threading.Lock()  # nobody slips in while the core dies
@@ -118,13 +120,19 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        return bool(self._inbox or self.waiting or self.running or self.swapped or self._flights)
+        return bool(self._inbox or self._flights or next(self._samples(), None))
 
     @property
     def load(self) -> Load:
-        waiting = len(self._inbox) + len(self.waiting) + len(self.swapped)
+        waiting = len(self._inbox) + len(self.waiting) + len(self.swapped) + len(self.embedder.waiting)
         pool = self.pool
-        return Load(waiting, len(self.running), pool.num_pages, pool.num_pages - pool.free, pool.idle)
+        return Load(
+            waiting,
+            len(self.running) + len(self.embedder.running),
+            pool.num_pages,
+            pool.num_pages - pool.free,
+            pool.idle,
+        )
 
     # -- from the loop's thread --
 
@@ -136,6 +144,7 @@ class EngineCore:
             if plan is not None:
                 self._launch(plan)
             self._process(ahead=int(plan is not None and self.executor.runs_ahead))
+            self._embed()
         except BaseException as error:
             self.fail(error)
             raise
@@ -150,12 +159,12 @@ class EngineCore:
 
     def check_invariants(self) -> None:
         """Raises AssertionError unless the books are right. Between turns; when idle, every page must be free."""
-        self.pool.check(sample.table for sample in chain(self.running, self._leaving()))
+        self.pool.check(sample.table for sample in chain(self.running, self._leaving(), self.embedder.running))
         assert not any(len(sample.table) or sample.computed for sample in self.waiting), "a waiting sample holds pages"
         assert not any(len(sample.table) for sample in self.swapped), "a swapped sample holds pages"
         listed = [*self._samples(), *self._leaving()]
         assert len({sample.rank for sample in listed}) == len(listed), "a sample is listed twice"
-        for samples in (self.waiting, self.running, self.swapped):
+        for samples in (self.waiting, self.running, self.swapped, self.embedder.waiting, self.embedder.running):
             assert samples == sorted(samples, key=_rank), "samples are not in order of seniority"
         assert sum(sample.width for sample in self.running) <= self.budget.max_batch, "more rows than the batch has"
         for sample in self._samples():
@@ -170,7 +179,8 @@ class EngineCore:
             if kind == "cancel":
                 self._finish(request, "cancelled")
             elif not request.finished:
-                insort(self.waiting, request.samples[0], key=_rank)
+                waiting = self.embedder.waiting if request.embeds else self.waiting
+                insort(waiting, request.samples[0], key=_rank)
         now_s = self.clock()
         for request in self._requests():
             if request.deadline_s <= now_s:
@@ -181,11 +191,14 @@ class EngineCore:
         if self._flights and any(sample.reads_tokens for sample in self._flights[-1].rows):
             self._process()  # penalties and grammars go by the values of tokens
         self._swap_back()
+        self._admit_prompts()
         plan = self._plan()
         if plan is not None and self._flights and (plan.preempt or not plan.chunks):
             self._process()  # pages may come free
             plan = self._plan()
-        if plan is None:
+        while plan is not None and (plan.preempt or not plan.chunks) and self._take_back():
+            plan = self._plan()
+        if plan is None or (not plan.chunks and self.embedder.running):
             return None
         if not plan.chunks:
             raise EngineError(f"{self.policy} computes nothing with {len(self.waiting)} requests waiting")
@@ -196,10 +209,12 @@ class EngineCore:
         return plan
 
     def _plan(self) -> Plan[Sample] | None:
-        """What the policy wants. It does not see who waits behind a swapped sample: nobody new takes its place."""
+        """What the policy wants. It does not see who waits behind a swapped sample, or behind a prompt to embed: nobody
+        new takes their place."""
         waiting = self.waiting
-        if self.swapped:
-            waiting = [sample for sample in waiting if sample.rank < self.swapped[0].rank]
+        for others in (self.swapped, self.embedder.waiting):
+            if others:
+                waiting = [sample for sample in waiting if sample.rank < others[0].rank]
         if not (waiting or self.running):
             return None
         view = View(waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs, self._cached)
@@ -250,6 +265,27 @@ class EngineCore:
         self.stats.steps += 1
         self.stats.tokens += len(batch.tokens)
         self.stats.copied_pages += len(copies)
+
+    def _take_back(self) -> bool:
+        """The most junior prompt to embed gives its pages back, if it is junior to all samples that run."""
+        return bool(self.running) and self.embedder.give_way(self.running[-1].rank)
+
+    def _admit_prompts(self) -> None:
+        """Prompts to embed start, where there are pages for them beside what the others will want."""
+        if self.embedder.waiting:
+            ahead = min((samples[0].rank for samples in (self.waiting, self.swapped) if samples), default=None)
+            self.embedder.admit(ahead, self._promised(), self.clock())
+
+    def _embed(self) -> None:
+        """Computes a chunk of the prompts to embed, and hands out what is complete."""
+        started_s = self.clock()
+        tokens, done = self.embedder.compute()
+        for sample, vector in done:
+            sample.request.events(sample.request, sample.output.embed(vector))
+        if tokens:
+            self.stats.steps += 1
+            self.stats.tokens += tokens
+            self.stats.step_s += self.clock() - started_s
 
     def _process(self, ahead: int = 0) -> None:
         """Waits for the steps launched but the last `ahead` ones, and hands every row's token to its sample."""
@@ -314,7 +350,7 @@ class EngineCore:
             sample = self.swapped[0]
             if self.waiting and self.waiting[0].rank < sample.rank:
                 return
-            promised = sum(1 + pages_for(s.length, size) - len(s.table) for s in self.running)
+            promised = self._promised()
             places = self.budget.max_batch - sum(s.width for s in self.running)
             if sample.width > places or pages_for(sample.length, size) + promised > self.pool.free:
                 return
@@ -324,6 +360,11 @@ class EngineCore:
                 self.executor.swap.back(sample.swapped, sample.table.pages)
             sample.swapped = None
             insort(self.running, sample, key=_rank)
+
+    def _promised(self) -> int:
+        """Pages that running samples will want: one to grow into, and the rest of their prompts."""
+        size = self.pool.page_size
+        return sum(1 + pages_for(s.length, size) - len(s.table) for s in self.running)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request's unfinished samples from outside."""
@@ -335,6 +376,9 @@ class EngineCore:
 
     def _retire(self, sample: Sample) -> None:
         """Takes a sample off the lists and frees its pages, which wait for a step in flight that uses them."""
+        if sample.request.embeds:
+            self.embedder.drop(sample)
+            return
         for samples in (self.running, self.waiting, self.swapped):
             if sample in samples:
                 samples.remove(sample)
@@ -362,7 +406,7 @@ class EngineCore:
 
     def _samples(self) -> Iterator[Sample]:
         """Those that wait or run."""
-        return chain(self.waiting, self.running, self.swapped)
+        return chain(self.waiting, self.running, self.swapped, self.embedder.waiting, self.embedder.running)
 
     def _leaving(self) -> Iterator[Sample]:
         """Those on no list whose pages are in use."""

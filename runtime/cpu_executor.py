@@ -62,6 +62,10 @@ class CpuExecutor:
     def collect(self, pending: StepResult) -> StepResult:
         return pending
 
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        tensors = [self._buffers.fill(name, inputs[name]) for name in STEP_INPUTS]
+        return np.from_dlpack(self.vm["hidden"](*tensors, self._pages_tensor, self.weights))
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages (source, destination), in every layer."""
         for source, destination in pairs:

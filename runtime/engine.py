@@ -15,6 +15,8 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
+import numpy as np
+
 from tilewright.compiler.errors import QueueFullError, RequestError
 from tilewright.runtime.core import Clock, EngineCore, Load, Stats
 from tilewright.runtime.event_stream import EventStream
@@ -54,6 +56,7 @@ class Engine:
         budget, capacity = resolve_limits(self.limits, model.limits)
         self.capacity = capacity  # tokens of prompt and answer together, at most
         self.vocab_size = model.limits.vocab_size
+        self.pooling = model.limits.pooling  # of embeddings; None where the model gives none
         self._core = EngineCore(model, budget, policy or FCFS(), costs, clock, self.limits.keep_prefixes)
         self._intake = Intake(
             model.limits,
@@ -82,6 +85,17 @@ class Engine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one each")
         requests = [self._intake.request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        return self._complete(requests)
+
+    def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """float32[len(prompts), hidden]: for each prompt its hidden states after the last norm, pooled as `pooling`
+        says, of length 1."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        completions = self._complete([self.embedding(prompt) for prompt in prompts])
+        return np.stack([done.embedding for done in completions if done.embedding is not None])
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submits requests and waits for all of their samples."""
         ends: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
 
         def note_end(_: Request, event: StreamEvent) -> None:
@@ -124,6 +138,10 @@ class Engine:
     def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
         """A checked request that is not submitted yet. Encoding a long prompt takes a while: not on event loops."""
         return self._intake.request(prompt, params or SamplingParams())
+
+    def embedding(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A request for a prompt's pooled hidden states, not submitted yet. params: deadline_s and priority count."""
+        return self._intake.embedding(prompt, params or SamplingParams())
 
     def open(self, requests: Sequence[Request]) -> EventStream:
         """Submits requests, all or none, and brings their events to the running event loop.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 # One way to space JSON: where any number of blanks is allowed, a small model may write blanks to the end.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Grammars:
             return self._matcher.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":
             return self._matcher.grammar_from_lark(grammar.text)
-        overrides: Any = _SPACING
+        overrides: Any = SPACING
         return self._matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
 
 

@@ -86,6 +86,19 @@ class Intake:
         self._constrain(request)
         return request
 
+    def embedding(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request for the pooled hidden states of a prompt. params: of which deadline_s and priority count."""
+        if self._device.pooling is None:
+            raise RequestError("this artifact gives no embeddings; compile the model again with this version")
+        tokens = self._tokens(prompt)
+        most = min(self._capacity, self._max_prompt)
+        if len(tokens) > most:
+            raise ContextLengthError(f"the text of {len(tokens)} tokens is above {most}, the most at once; shorten it")
+        arrival = next(self._arrivals)
+        request = Request(tokens, params, 0, frozenset(), 0, arrival, self._load_s, embeds=True)
+        request.samples = [Sample(request, 0, None)]
+        return request
+
     def _constrain(self, request: Request) -> None:
         """Gives every sample its own way through the grammar, if there is one."""
         if request.params.grammar is None:

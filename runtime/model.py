@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class Model:
 
     def collect(self, pending: Any) -> StepResult:
         return self.executor.collect(pending)
+
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.executor.hidden(inputs)
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         self.executor.copy_pages(pairs)

@@ -1,7 +1,10 @@
 """What a sample has said so far: tokens, certain text, log probabilities, and whether it is over."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tilewright.runtime.types import Completion, FinishReason, StreamEvent, Timings, TokenLogprob, TokenStream
 
@@ -88,6 +91,11 @@ class Output:
         text = "" if reason == "error" else self._flush()
         self._text.append(text)
         return StreamEvent(self.index, text, completion=self._close(reason))
+
+    def embed(self, vector: np.ndarray) -> StreamEvent:
+        """The event of a sample whose prompt's pooled hidden states are there, float32[hidden]."""
+        self.completion = replace(self._close("stop"), embedding=vector)
+        return StreamEvent(self.index, completion=self.completion)
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         if token in self._request.stop_ids:

@@ -79,6 +79,7 @@ class Request:
 
     prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
     arrival: unique, in order of submission. cached_tokens: of the prompt, taken from the cache when it started.
+    embeds: the hidden states of the prompt are wanted, pooled, and no answer (max_tokens 0).
     events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.
     """
 
@@ -92,6 +93,7 @@ class Request:
     submitted_s: float = 0.0
     started_s: float | None = None
     cached_tokens: int = 0
+    embeds: bool = False
     events: Callable[["Request", StreamEvent], None] = _ignore
     release: Callable[[], None] | None = None
     samples: list["Sample"] = field(default_factory=list)

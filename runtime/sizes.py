@@ -16,6 +16,7 @@ def device_limits(manifest: Manifest, num_pages: int) -> DeviceLimits:
         num_pages=num_pages,
         vocab_size=manifest.model["vocab"],
         top_logprobs=manifest.step["top_logprobs"],
+        pooling=manifest.embedding.get("pooling"),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tilewright.compiler.errors import ModelError, RequestError
 from tilewright.runtime.detokenizer import ByteLevelStream, Detokenizer, WindowStream
 from tilewright.runtime.grammar import Constraint, Grammar, Grammars
+from tilewright.runtime.tools import ToolForm, spelt_out, tool_form
 
 Message = Mapping[str, Any]
 
@@ -57,9 +58,12 @@ class Tokenizer:
             ids = [self._bos_id, *ids]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that the model is to continue."""
-        return self.encode(self.apply_chat_template(messages), special_tokens=False)
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a conversation that the model is to continue. tools: functions that it may call, as OpenAI's API
+        describes them; a template that knows of none gets them, and calls in the messages, as text."""
+        if not self.tool_form.native:
+            messages, tools = spelt_out(messages, tools), ()
+        return self.encode(self.apply_chat_template(messages, tools=list(tools) or None), special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of all tokens, special ones left out."""
@@ -103,6 +107,18 @@ class Tokenizer:
             raise RequestError(
                 f"the chat template refuses these messages ({error}); change their roles or order, or use --raw"
             ) from None
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """How the model writes calls of functions."""
+        return tool_form(self.chat_template)
+
+    @property
+    def tool_marker(self) -> int | None:
+        """The special token that stands before calls; None where their beginning is text."""
+        token = self._library.token_to_id(self.tool_form.begin) if self.tool_form.begin else None
+        special = {t["id"] for t in self._settings.get("added_tokens", ()) if t.get("special")}
+        return token if token in special else None
 
     @cached_property
     def _detokenizer(self) -> Detokenizer:

@@ -11,8 +11,10 @@ import numpy as np
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 from tilewright.compiler.errors import RequestError
 from tilewright.runtime.grammar import Constraint, Grammar
+from tilewright.runtime.tools import ToolForm
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+Pooling = Literal["mean", "last"]
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -162,7 +164,8 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a compiled model was sized for. max_batch bounds both sequences and wanted rows of a step."""
+    """What a compiled model was sized for. max_batch bounds both sequences and wanted rows of a step. pooling: what an
+    embedding is of the hidden states; None where the artifact gives none."""
 
     max_batch: int
     max_tokens: int
@@ -171,6 +174,7 @@ class DeviceLimits:
     num_pages: int
     vocab_size: int
     top_logprobs: int
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,10 @@ class Executor(Protocol):
     def collect(self, pending: Any) -> StepResult:
         """Waits for the step. In the order of launches."""
 
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32[r, hidden]: the states of the wanted rows after the last norm, of prompts whose tokens it appends to
+        their pages. inputs: STEP_INPUTS by name, any number of rows. Waits for them, and for all steps before."""
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copies page `src` to page `dst`, in every layer, before the next step. No page is both src and dst."""
 
@@ -303,7 +311,15 @@ class TextCodec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
+    @property
+    def tool_form(self) -> ToolForm: ...
+
+    @property
+    def tool_marker(self) -> int | None: ...
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -340,7 +356,8 @@ class Timings:
 @dataclass(frozen=True)
 class Completion:
     """One finished sample. index: which of the request's n. token_ids: all that were drawn, a stop token included;
-    text: what they say up to the stop token or string. prompt_tokens: how many."""
+    text: what they say up to the stop token or string. prompt_tokens: how many. embedding: float32[hidden] of length 1,
+    where that was wanted instead of an answer."""
 
     index: int
     text: str
@@ -349,6 +366,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
     timings: Timings = Timings()
+    embedding: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tilewright.runtime.cuda.buckets import choose, most, padded
 from tilewright.runtime.cuda.budget import plan_pages
 from tilewright.runtime.cuda.cudart import Cudart, load_cudart
 from tilewright.runtime.cuda.graphs import StepGraph, capture
+from tilewright.runtime.cuda.hidden import HiddenStates, widened
 from tilewright.runtime.cuda.machine import check_machine
 from tilewright.runtime.cuda.memory import DeviceMemory, PinnedMemory, tensor, tensor_bytes
 from tilewright.runtime.cuda.pages import HostPages, Pages
@@ -77,6 +78,8 @@ class CudaExecutor:
         self._arena = Arena(cuda, ffi, sizes, lists)
         self._results = Results(cuda, ffi, max(size["r"] for size in sizes.values()), limits.top_logprobs)
         self._events = [cuda.event() for _ in range(SLOTS)]
+        self._all = cuda.event()
+        self._hidden: HiddenStates | None = None  # made when embeddings are first asked for
         self._graphs: dict[str, StepGraph] = {}
         self._launched = 0
 
@@ -172,9 +175,26 @@ class CudaExecutor:
         self._results.fetch(alternatives, slot, self.stream)
         self.cuda.record(self._events[slot], self.stream)
 
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        if self._hidden is None:
+            limits = self.limits
+            most = {"t": limits.max_tokens, "r": limits.max_tokens, "b": limits.max_batch, "p": limits.num_pages}
+            self._hidden = HiddenStates(self.cuda, self.ffi, most, self.stream, self._finish_all)
+        with self._on_stream:
+            return self._hidden(self.vm["hidden"], inputs, self._pages.tensor, self.weights.tensors)
+
+    def _finish_all(self) -> None:
+        """Waits for all that is on the stream."""
+        self.cuda.record(self._all, self.stream)
+        self._reach(self._all)
+
     def _wait(self, slot: int) -> None:
-        """Until the slot's last step is done. A kernel that never ends must not take the engine with it."""
-        event, reached = self._events[slot], self.cuda.reached
+        """Until the slot's last step is done."""
+        self._reach(self._events[slot])
+
+    def _reach(self, event: int) -> None:
+        """A kernel that never ends must not take the engine with it."""
+        reached = self.cuda.reached
         if reached(event):
             return
         end_s = time.monotonic() + _WATCHDOG_S
@@ -219,9 +239,7 @@ class CudaExecutor:
         staging = PinnedMemory(self.cuda, tensor_bytes(shape, dtype))
         self.cuda.copy(staging.address, value.data_ptr(), staging.size, self.stream)
         self.cuda.synchronize(self.stream)
-        if dtype == "bfloat16":
-            return (staging.array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-        return staging.array.view(dtype).reshape(shape).copy()
+        return widened(staging.array, shape, dtype)
 
 
 def _has(vm: Any, function: str) -> bool:

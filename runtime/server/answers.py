@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 StopReason = Literal["deadline", "shutdown", "grammar"]
 
 
@@ -49,10 +49,24 @@ class ChatLogprobs(TypedDict):
     content: list[ChatTokenLogprob]
 
 
+class AnsweredFunction(TypedDict):
+    """arguments: JSON, cut off where finish_reason is length."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: NotRequired[list[AnsweredCall]]
 
 
 class ChatChoice(TypedDict):
@@ -72,9 +86,24 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class CallDelta(TypedDict):
+    """A call's beginning, with id, type and name, or more of its arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
 
 
 class ChatChunkChoice(TypedDict):

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from tilewright.compiler.errors import UserError
-from tilewright.runtime.server import answers, operations, requests, tokens
+from tilewright.runtime.server import answers, chat_requests, operations, requests, tokens
 from tilewright.runtime.server.chat import chat_completions
 from tilewright.runtime.server.completions import completions
 from tilewright.runtime.server.envelope import Envelope
@@ -26,7 +26,7 @@ ENDPOINTS = (
         "/v1/chat/completions",
         chat_completions,
         "Answers a conversation.",
-        body=requests.ChatRequest,
+        body=chat_requests.ChatRequest,
         answer=answers.ChatCompletion,
         chunk=answers.ChatCompletionChunk,
     ),
@@ -48,7 +48,7 @@ ENDPOINTS = (
         "/tokenize",
         tokens.tokenize,
         "A text or a conversation as tokens.",
-        body=requests.TokenizeRequest,
+        body=chat_requests.TokenizeRequest,
         answer=answers.TokenList,
     ),
     Endpoint(

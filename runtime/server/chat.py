@@ -9,19 +9,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from tilewright.runtime.server.answers import (
+    AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
+    FinishReason,
+    FunctionDelta,
+    StopReason,
 )
 from tilewright.runtime.server.body import read
+from tilewright.runtime.server.chat_requests import ChatRequest
 from tilewright.runtime.server.generation import Generation, start
 from tilewright.runtime.server.logprobs import chat_logprobs, spoken
-from tilewright.runtime.server.requests import ChatRequest
 from tilewright.runtime.server.service import Service
+from tilewright.runtime.server.speech import Speech
 from tilewright.runtime.server.sse import EventStreamResponse
+from tilewright.runtime.tool_parser import Called, Piece, Said
 from tilewright.runtime.types import Completion, TokenLogprob
 
 
@@ -29,9 +35,10 @@ async def chat_completions(http: Request) -> Any:
     service: Service = http.app.state.service
     body = await read(http, ChatRequest, service.limits)
     served = service.models.find(body.model)
+    calling = body.calling
     params = body.sampling(body.output_limit, body.alternatives, service.limits.request_s)
-    messages = [message.for_template() for message in body.messages]
-    generation = await start(service, http, served, [messages], params)
+    params = calling.params(served.tokenizer, params)
+    generation = await start(service, http, served, [body.conversation], params)
     answer = _Answer(generation, body)
     if body.stream:
         return EventStreamResponse(generation, answer.chunks())
@@ -45,6 +52,7 @@ class _Answer:
     def __init__(self, generation: Generation, body: ChatRequest) -> None:
         self._generation, self._body = generation, body
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self._said = [Speech(generation.served.tokenizer, body.calling) for _ in range(generation.choices)]
 
     async def whole(self) -> ChatCompletion:
         completions = await self._generation.completions()
@@ -63,20 +71,34 @@ class _Answer:
         held: dict[int, list[TokenLogprob | None]] = {}  # of tokens whose text is not certain yet
         async for index, event in self._generation.events():
             held.setdefault(index, []).append(event.logprob)
-            if event.text or event.completion:
+            pieces = self._said[index].push(event.text, event.completion is not None)
+            if pieces or event.completion:
                 logprobs = self._logprobs(held.pop(index))
-                if event.text or (logprobs and logprobs["content"]):
-                    yield self._chunk(index, {"content": event.text}, logprobs)
+                deltas = [self._delta(index, piece) for piece in pieces]
+                if not deltas and logprobs and logprobs["content"]:
+                    deltas = [{"content": ""}]
+                for delta in deltas:
+                    yield self._chunk(index, delta, logprobs)
+                    logprobs = None
             if event.completion:
                 yield self._chunk(index, {}, None, event.completion)
         if self._body.wants_usage:
             yield self._frame([]) | {"usage": self._generation.usage}
 
     def _choice(self, index: int, completion: Completion) -> ChatChoice:
-        reason, more = self._generation.reasons(index, completion)
+        speech = self._said[index]
+        speech.push(completion.text, True)
+        message: AssistantMessage = {"role": "assistant", "content": speech.text, "refusal": None}
+        if speech.calls:
+            message["content"] = speech.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in speech.calls
+            ]
+        reason, more = self._reasons(index, completion)
         choice: ChatChoice = {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(completion.logprobs or ()),
             "finish_reason": reason,
         }
@@ -85,9 +107,22 @@ class _Answer:
     def _chunk(
         self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None, end: Completion | None = None
     ) -> ChatCompletionChunk:
-        reason, more = (None, None) if end is None else self._generation.reasons(index, end)
+        reason, more = (None, None) if end is None else self._reasons(index, end)
         choice: ChatChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._frame([choice if more is None else {**choice, "stop_reason": more}])
+
+    def _reasons(self, index: int, completion: Completion) -> tuple[FinishReason, StopReason | None]:
+        reason, more = self._generation.reasons(index, completion)
+        return ("tool_calls" if reason == "stop" and self._said[index].calls else reason), more
+
+    def _delta(self, index: int, piece: Piece) -> ChatDelta:
+        if isinstance(piece, Said):
+            return {"content": piece.text}
+        if isinstance(piece, Called):
+            call = self._said[index].calls[piece.index]
+            function: FunctionDelta = {"name": call.name, "arguments": ""}
+            return {"tool_calls": [{"index": piece.index, "id": call.id, "type": "function", "function": function}]}
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         return {

@@ -24,6 +24,7 @@ _CODES = {
 
 # How pydantic names the alternatives of a field within a path: by type, which is no part of the request.
 _ALTERNATIVE = re.compile(r"str|int|float|bool|.*[\[\]-].*")
+_TAG = re.compile("system|developer|user|assistant|tool")  # of messages; user is a field of its own as well
 
 
 class ApiError(Exception):
@@ -88,15 +89,21 @@ async def respond(request: Request, error: Exception) -> JSONResponse:
 def _invalid(error: ValidationError) -> ApiError:
     """One complaint of a validation; where a value fits no alternative of its field, that of the likeliest one: whose
     type is right, or which got furthest."""
-    complaints = error.errors(include_url=False, include_context=False, include_input=False)
+    complaints = error.errors(include_url=False, include_input=False)
     worst = max(complaints, key=lambda c: (not c["type"].endswith("_type"), len(c["loc"])))
-    path = [str(part) for part in worst["loc"] if isinstance(part, int) or not _ALTERNATIVE.fullmatch(part)]
+    path = [str(part) for i, part in enumerate(worst["loc"]) if isinstance(part, int) or not _alternative(i, part)]
+    if worst["type"].startswith("union_tag"):
+        path.append(worst["ctx"]["discriminator"].strip("'"))
     param, kind, words = ".".join(path) or None, worst["type"], worst["msg"][:1].lower() + worst["msg"][1:]
     if kind == "extra_forbidden":
         words = "there is no such parameter; remove it"
     elif kind == "missing":
         words = "this parameter is missing; give it"
     return ApiError(400, f"{param}: {words}" if param else words, code=_CODES.get(kind, "invalid_value"), param=param)
+
+
+def _alternative(place: int, part: str) -> bool:
+    return bool(_ALTERNATIVE.fullmatch(part) or (place and _TAG.fullmatch(part)))
 
 
 def _routed(error: HTTPException) -> ApiError:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
@@ -10,6 +11,7 @@ from tilewright.runtime.event_stream import EventStream
 from tilewright.runtime.intake import Prompt
 from tilewright.runtime.request import Request
 from tilewright.runtime.server.answers import FinishReason, StopReason, Usage
+from tilewright.runtime.server.conversation import Conversation
 from tilewright.runtime.server.envelope import Call
 from tilewright.runtime.server.served import Served
 from tilewright.runtime.server.service import Service
@@ -137,17 +139,22 @@ class Generation:
 
 
 async def start(
-    service: Service, http: HttpRequest, served: Served, prompts: Sequence[Prompt], params: SamplingParams
+    service: Service,
+    http: HttpRequest,
+    served: Served,
+    prompts: Sequence[Prompt | Conversation],
+    params: SamplingParams,
 ) -> Generation:
     """Checks and submits a request for each prompt. Raises ApiError, RequestError, EngineError."""
     call: Call = http.state.call
     service.check_open()
     call.key.check_priority(params.priority)
     if service.log_prompts:
-        call.notes["prompts"] = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        call.notes["prompts"] = [_noted(prompt) for prompt in prompts]
 
     def encode() -> list[Request]:
-        return [served.engine.request(prompt, params) for prompt in prompts]
+        tokens = (p.tokens(served.tokenizer) if isinstance(p, Conversation) else p for p in prompts)
+        return [served.engine.request(prompt, params) for prompt in tokens]
 
     requests = await service.encode(params.grammar is not None or _length(prompts) > _LONG, encode)
     service.check_open()  # it may have been told to end meanwhile
@@ -161,7 +168,13 @@ async def start(
     return generation
 
 
-def _length(prompts: Sequence[Prompt]) -> int:
+def _length(prompts: Sequence[Prompt | Conversation]) -> int:
     """Characters of text in all prompts."""
-    texts = (p if isinstance(p, str) else "".join(m["content"] for m in p if isinstance(m, dict)) for p in prompts)
-    return sum(map(len, texts))
+    return sum(p.length if isinstance(p, Conversation) else len(p) if isinstance(p, str) else 0 for p in prompts)
+
+
+def _noted(prompt: Prompt | Conversation) -> Any:
+    """For the log."""
+    if isinstance(prompt, Conversation):
+        return list(prompt.messages)
+    return prompt if isinstance(prompt, str) else list(prompt)

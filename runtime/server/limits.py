@@ -9,6 +9,9 @@ MAX_BIASES = 1024  # each is looked up by the sampler in every step
 MAX_PROMPTS = 128  # of one completion request: they are queued all or none
 MAX_MESSAGES = 1024
 MAX_PARTS = 64  # of one message
+MAX_TOOLS = 128  # of one request, as OpenAI has it: each becomes a part of a grammar
+MAX_CALLS = 128  # of one message
+MAX_INPUTS = 2048  # of one request for embeddings, as OpenAI has it
 
 
 @dataclass(frozen=True)

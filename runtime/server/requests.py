@@ -6,7 +6,7 @@ the context, that a token is in the vocabulary) the engine checks.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,8 +15,6 @@ from tilewright.runtime.grammar import Grammar
 from tilewright.runtime.server.limits import (
     MAX_BIASES,
     MAX_CHOICES,
-    MAX_MESSAGES,
-    MAX_PARTS,
     MAX_PROMPTS,
     MAX_SAMPLES,
     MAX_STOPS,
@@ -95,30 +93,15 @@ class StructuredOutputs(Body):
         return Grammar("json_schema", json.dumps(self.json_schema))
 
 
-class SampledBody(ModelBody):
-    """What /v1/chat/completions and /v1/completions share. null stands for the default everywhere."""
+class DrawnBody(ModelBody):
+    """What all requests for an answer share. null stands for the default everywhere."""
 
     temperature: Temperature | None = Field(None, description="0 takes the likeliest token each time; default 1.")
     top_p: Share | None = Field(None, description="Draw from the likeliest tokens of this total probability.")
-    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES), Integral] | None = Field(
-        None, description="Answers to one prompt, computed together: at most the sequences of a step."
-    )
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description="The text ends before the first of these."
-    )
     seed: Annotated[int, Field(ge=0, le=_INT63), Integral] | None = Field(
         None, description="The same seed and request give the same tokens, whatever else the server does."
     )
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[TokenName, Bias], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})
-        ]
-        | None
-    ) = Field(None, description="Token id, as text: what is added to its logit.")
     stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="Beside stream: true only.")
     user: Label | None = Field(None, description="Ignored.")
     metadata: dict[str, Label] | None = Field(None, description="Ignored.")
     # Extensions to OpenAI's API; its Python client sends them as `extra_body`.
@@ -150,11 +133,9 @@ class SampledBody(ModelBody):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> "SampledBody":
+    def _not_too_cold(self) -> "DrawnBody":
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             raise PydanticCustomError("range", "temperature is below 0.001; give 0 for greedy, or at least 0.001")
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("combination", "stream_options goes with stream: true only; drop it")
         return self
 
     @property
@@ -164,120 +145,64 @@ class SampledBody(ModelBody):
 
     def sampling(self, max_tokens: int | None, logprobs: int | None, most_s: float) -> SamplingParams:
         """For the engine. most_s: how long a request may take at all. Raises RequestError."""
-        given = {
+        chosen = {name: value for name, value in self.chosen().items() if value is not None}
+        deadline_s = most_s if self.deadline_s is None else min(self.deadline_s, most_s)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, deadline_s=deadline_s, **chosen)
+
+    def chosen(self) -> dict[str, Any]:
+        """Fields of SamplingParams; None where nothing was asked for."""
+        return {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "logit_bias": None if self.logit_bias is None else {int(t): b for t, b in self.logit_bias.items()},
             "seed": self.seed,
-            "n": self.n,
-            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop,
             "stop_token_ids": self.stop_token_ids,
             "min_tokens": self.min_tokens,
             "ignore_eos": self.ignore_eos,
             "priority": self.priority,
             "grammar": self.form,
         }
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        deadline_s = most_s if self.deadline_s is None else min(self.deadline_s, most_s)
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, deadline_s=deadline_s, **chosen)
+
+
+class SampledBody(DrawnBody):
+    """What /v1/chat/completions and /v1/completions share beyond that."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES), Integral] | None = Field(
+        None, description="Answers to one prompt, computed together: at most the sequences of a step."
+    )
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The text ends before the first of these."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenName, Bias], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})
+        ]
+        | None
+    ) = Field(None, description="Token id, as text: what is added to its logit.")
+    stream_options: StreamOptions | None = Field(None, description="Beside stream: true only.")
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> "SampledBody":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("combination", "stream_options goes with stream: true only; drop it")
+        return self
+
+    def chosen(self) -> dict[str, Any]:
+        return super().chosen() | {
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": None if self.logit_bias is None else {int(t): b for t, b in self.logit_bias.items()},
+            "n": self.n,
+            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop,
+        }
 
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
-
-
-# -- chat --------------------------------------------------------------------------------------------------------------
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
-
-
-class ChatMessage(Body):
-    """One message of a conversation, of text only. developer is another word for system."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Label | None = None
-
-    def for_template(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else message | {"name": self.name}
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    type: Literal["json_object"]
-
-
-class NamedSchema(Body):
-    """name, description, strict: ignored; the answer keeps to the schema in any case."""
-
-    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(Body):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
-_ANY_OBJECT = '{"type": "object"}'
-
-
-class ChatRequest(SampledBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Count | None = Field(None, description="By default what the context leaves.")
-    max_tokens: Count | None = Field(None, description="The older name of max_completion_tokens.")
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = Field(
-        None, description="Beside logprobs: true only."
-    )
-    response_format: ResponseFormat | None = None
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("combination", "top_logprobs goes with logprobs: true only; add it")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise PydanticCustomError("combination", "max_tokens is the older name of max_completion_tokens; drop one")
-        if self.response_format is not None and self.structured_outputs is not None:
-            raise PydanticCustomError("combination", "response_format and structured_outputs say the same; drop one")
-        return self
-
-    @property
-    def form(self) -> Grammar | None:
-        if isinstance(self.response_format, JsonSchemaFormat):
-            return Grammar("json_schema", json.dumps(self.response_format.json_schema.json_schema))
-        return (
-            Grammar("json_schema", _ANY_OBJECT) if isinstance(self.response_format, JsonObjectFormat) else super().form
-        )
-
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 # -- completions -------------------------------------------------------------------------------------------------------
@@ -313,19 +238,6 @@ class CompletionRequest(SampledBody):
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
-
-
-class TokenizeRequest(ModelBody):
-    """One of the two: a text, or a conversation as the chat template spells it."""
-
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("combination", "give one of prompt and messages")
-        return self
 
 
 class DetokenizeRequest(ModelBody):

@@ -5,8 +5,9 @@ from starlette.responses import JSONResponse
 
 from tilewright.runtime.server.answers import Text, TokenList
 from tilewright.runtime.server.body import read
+from tilewright.runtime.server.chat_requests import TokenizeRequest
 from tilewright.runtime.server.errors import ApiError
-from tilewright.runtime.server.requests import DetokenizeRequest, TokenizeRequest
+from tilewright.runtime.server.requests import DetokenizeRequest
 from tilewright.runtime.server.service import Service
 
 
@@ -18,7 +19,7 @@ async def tokenize(http: Request) -> JSONResponse:
     def encode() -> list[int]:
         if body.messages is None:
             return served.tokenizer.encode(body.prompt or "")
-        return served.tokenizer.encode_chat([message.for_template() for message in body.messages])
+        return body.conversation.tokens(served.tokenizer)
 
     tokens = await service.encode(True, encode)
     answer: TokenList = {"count": len(tokens), "max_model_len": served.engine.capacity, "tokens": tokens}

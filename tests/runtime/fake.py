@@ -11,9 +11,11 @@ insists that a prompt's tokens are computed as a prompt's and generated ones one
 import hashlib
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +38,16 @@ from tilewright.runtime.types import (
 )
 
 LIMITS = DeviceLimits(
-    max_batch=8, max_tokens=64, max_context=96, page_size=4, num_pages=64, vocab_size=50, top_logprobs=3
+    max_batch=8,
+    max_tokens=64,
+    max_context=96,
+    page_size=4,
+    num_pages=64,
+    vocab_size=50,
+    top_logprobs=3,
+    pooling="mean",
 )
+HIDDEN = 6
 
 
 @dataclass
@@ -93,6 +103,22 @@ class FakeModel:
         assert self._pending.popleft() is pending, "steps are collected out of order"
         return pending
 
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A state of each wanted row that depends on all tokens up to it, as the pages hold them."""
+        batch = SimpleNamespace(**inputs)
+        assert set(inputs) == set(STEP_INPUTS) and all(a.dtype == "int32" for a in inputs.values())
+        assert 1 <= len(batch.tokens) <= self.limits.max_tokens and len(batch.kv_len) <= self.limits.max_batch
+        assert not batch.phases.any(), "a prompt's token is computed as a generated one"
+        self._tokens[batch.slots], self._positions[batch.slots], self._phases[batch.slots] = (
+            batch.tokens, batch.positions, 0,
+        )  # fmt: skip
+        owner = np.searchsorted(batch.indptr, batch.rows, side="right") - 1
+        contexts = [self._read(batch, i) for i in range(len(batch.kv_len))]
+        self.steps.append((len(batch.tokens), len(batch.kv_len)))
+        self.clock.now_s += self.costs.step_s(len(batch.tokens), len(batch.kv_len), int(batch.kv_len.sum()))
+        states = [state(contexts[i][: batch.positions[row] + 1]) for i, row in zip(owner, batch.rows, strict=True)]
+        return np.array(states, np.float32).reshape(len(states), HIDDEN)
+
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         sources, targets = {s for s, _ in pairs}, [t for _, t in pairs]
         assert not sources & set(targets) and len(set(targets)) == len(targets), "copies depend on their order"
@@ -128,7 +154,7 @@ class FakeModel:
     def _slots(self, page: int) -> slice:
         return slice(page * self.limits.page_size, (page + 1) * self.limits.page_size)
 
-    def _read(self, batch: StepBatch, i: int) -> np.ndarray:
+    def _read(self, batch: Any, i: int) -> np.ndarray:
         """All tokens of sequence i, read back through its pages."""
         pages = batch.page_indices[batch.page_indptr[i] : batch.page_indptr[i + 1]]
         slots = (pages[:, None] * self.limits.page_size + np.arange(self.limits.page_size)).ravel()
@@ -234,6 +260,17 @@ def result_of(tokens: list[int], alternatives: np.ndarray, limits: DeviceLimits)
     return StepResult(ids, -ids.astype(np.float32), top.astype(np.int32), top_logprobs)
 
 
+def state(context: np.ndarray) -> list[int]:
+    """The hidden state after these tokens."""
+    return list(hashlib.blake2b(repr(context.tolist()).encode(), digest_size=HIDDEN).digest())
+
+
+def expected_embedding(prompt: list[int], pooling: str) -> np.ndarray:
+    states = np.array([state(np.array(prompt[: i + 1])) for i in range(len(prompt))], np.float64)
+    vector = states.mean(axis=0) if pooling == "mean" else states[-1]
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
 def expected(
     prompt: list[int],
     params: SamplingParams,
@@ -276,6 +313,12 @@ class Bench:
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         request = self.intake.request(prompt, params)
+        request.events = lambda *event: self.events.append(event)
+        self.core.submit(request)
+        return request
+
+    def embed(self, prompt: Prompt, params: SamplingParams) -> Request:
+        request = self.intake.embedding(prompt, params)
         request.events = lambda *event: self.events.append(event)
         self.core.submit(request)
         return request

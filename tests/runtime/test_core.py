@@ -1,16 +1,19 @@
 """The loop on the fake device: whatever the schedule, a request's tokens are those it gets alone."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.runtime.fake import LIMITS, Bench, completions, expected
+from tests.runtime.fake import LIMITS, Bench, completions, expected, expected_embedding
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams
 
 
-def device(**changes: int) -> DeviceLimits:
+def device(**changes: Any) -> DeviceLimits:
     return DeviceLimits(**{**LIMITS.__dict__, **changes})
 
 
@@ -37,6 +40,12 @@ PARAMS = st.builds(
 def check(request: Request, limits: DeviceLimits) -> None:
     """Every sample of a finished request says what it says alone, or the beginning of it if it was ended early."""
     prompt = request.prompt.tolist()
+    if request.embeds:
+        [done] = completions(request)
+        assert done.finish_reason in ("stop", "cancelled", "deadline") and not done.token_ids
+        if done.finish_reason == "stop":
+            np.testing.assert_array_equal(done.embedding, expected_embedding(prompt, limits.pooling))
+        return
     for index, completion in enumerate(completions(request)):
         alone = expected(prompt, request.params, index, limits=limits)
         said = list(completion.token_ids)
@@ -64,6 +73,7 @@ class CoreMachine(RuleBasedStateMachine):
         runs_ahead=st.booleans(),
         host_pages=st.sampled_from([None, 0, 3, 8, 100]),
         keep=st.booleans(),
+        pooling=st.sampled_from(["mean", "last"]),
     )
     def boot(
         self,
@@ -74,8 +84,9 @@ class CoreMachine(RuleBasedStateMachine):
         runs_ahead: bool,
         host_pages: int | None,
         keep: bool,
+        pooling: str,
     ) -> None:
-        self.limits = device(num_pages=pages, max_batch=batch, max_tokens=tokens)
+        self.limits = device(num_pages=pages, max_batch=batch, max_tokens=tokens, pooling=pooling)
         limits = EngineLimits(max_chunk=chunk, keep_prefixes=keep)
         self.bench = Bench(self.limits, limits, runs_ahead=runs_ahead, host_pages=host_pages)
         self.slack = 1 + runs_ahead
@@ -86,6 +97,11 @@ class CoreMachine(RuleBasedStateMachine):
     def submit(self, prompt: list[int], params: SamplingParams) -> None:
         self.requests.append(self.bench.submit(prompt, params))
         self.work += params.n * (len(prompt) + params.max_tokens)
+
+    @rule(prompt=PROMPTS, deadline_s=st.sampled_from([None, 0.02]))
+    def embed(self, prompt: list[int], deadline_s: float | None) -> None:
+        self.requests.append(self.bench.embed(prompt, SamplingParams(deadline_s=deadline_s)))
+        self.work += len(prompt)
 
     @rule(prompt=PROMPTS, after_s=st.floats(1e-3, 0.1))
     def submit_with_deadline(self, prompt: list[int], after_s: float) -> None:

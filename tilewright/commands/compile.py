@@ -30,6 +30,9 @@ def command(
     strict: Annotated[
         bool, typer.Option("--strict", help="The same bits for a token generated or read back as part of a prompt.")
     ] = False,
+    pooling: Annotated[
+        str, typer.Option(metavar="last|mean", help="What /v1/embeddings gives: the last token's state, or the mean.")
+    ] = "last",
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the program after each pass into this directory.")
     ] = None,
@@ -56,6 +59,7 @@ def command(
             max_tokens=max_tokens,
             page_size=page_size,
             strict=strict,
+            pooling=pooling,
             dump=dump,
             logs=logs,
             progress=report,
