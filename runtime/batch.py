@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 
 from tilewright.compiler.composites import SAMPLING_INPUTS
+from tilewright.runtime.kv_cache import pages_for
 from tilewright.runtime.request import Sample
 from tilewright.runtime.types import StepBatch
 
@@ -40,8 +41,13 @@ class BatchBuilder:
         return StepBatch(rows=np.array(places, np.int32), **step, **self._sampling(rows)), rows
 
     def prompts(self, chunks: Sequence[tuple[Sample, int]], every: bool) -> dict[str, np.ndarray]:
-        """STEP_INPUTS by name. Its rows are every token, or the last one of each sequence that is complete with them."""
+        """STEP_INPUTS by name, of sequences whose tables may already hold pages for more tokens than these.
+
+        Its rows are every token, or the last one of each sequence that is complete with them.
+        """
         step, last = self._step(chunks)
+        pages = [s.table.array[: pages_for(s.computed + tokens, self._page_size)] for s, tokens in chunks]
+        step |= {"page_indptr": _indptr(map(len, pages)), "page_indices": np.concatenate(pages)}
         if every:
             return step | {"rows": np.arange(last[-1], dtype=np.int32)}
         ends = [e - 1 for (s, tokens), e in zip(chunks, last, strict=True) if s.computed + tokens == s.known]

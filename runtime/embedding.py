@@ -44,8 +44,8 @@ class Embedder:
             head.request.start(now_s)
 
     def compute(self) -> tuple[int, list[tuple[Sample, np.ndarray]]]:
-        """One chunk of the running ones -> (tokens, those that are complete, each with its float32[hidden] of length 1).
-        They hold no pages any more."""
+        """One chunk of the running ones -> (tokens, those that are complete with it, which hold no pages any more).
+        Each comes with its float32[hidden] of length 1."""
         chunks = self._chunks()
         if not chunks:
             return 0, []

@@ -106,8 +106,8 @@ def calls_grammar(form: ToolForm, functions: Sequence[Function], several: bool, 
 def free_grammar(
     form: ToolForm, functions: Sequence[Function], several: bool, marker: int | None, answer: str | None
 ) -> Grammar:
-    """Text or calls, as the model likes; the arguments of strict functions keep to their schemas. answer: the JSON schema
-    of what is no call."""
+    """Text or calls, as the model likes; the arguments of strict functions keep to their schemas. answer: the JSON
+    schema of what is no call."""
     strict = [f if f.strict else Function(f.name, {"type": "object"}) for f in functions]
     calls = _calls(form, strict, several, marker)
     if answer is not None:

@@ -46,7 +46,7 @@ def read(form: ToolForm, pieces: list[str], **options: bool) -> tuple[str, list[
 CASES = {
     "text": (HERMES, "a < b, <tool> and\n", ("a < b, <tool> and\n", [])),
     "one": (HERMES, tagged(GET), ("", [("get", ARGUED)])),
-    "text_around": (HERMES, f"well \n{tagged(PUT, GET)}\n\nso be it \n", ("well\n\nso be it \n", [("put", {}), ("get", ARGUED)])),
+    "text_around": (HERMES, f"a \n{tagged(PUT, GET)}\n\nb \n", ("a\n\nb \n", [("put", {}), ("get", ARGUED)])),
     "a_list": (HERMES, f"<tool_call>[{PUT}, {GET}]</tool_call>", ("", [("put", {}), ("get", ARGUED)])),
     "no_end": (HERMES, f"<tool_call>{PUT}", ("", [("put", {})])),
     "other_order": (HERMES, tagged('{"arguments": {"x": 1}, "name": "put"}'), ("", [("put", {"x": 1})])),
