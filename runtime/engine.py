@@ -57,6 +57,7 @@ class Engine:
         self.capacity = capacity  # tokens of prompt and answer together, at most
         self.vocab_size = model.limits.vocab_size
         self.pooling = model.limits.pooling  # of embeddings; None where the model gives none
+        self.dimensions = model.limits.hidden  # of an embedding
         self._core = EngineCore(model, budget, policy or FCFS(), costs, clock, self.limits.keep_prefixes)
         self._intake = Intake(
             model.limits,

@@ -17,6 +17,7 @@ def device_limits(manifest: Manifest, num_pages: int) -> DeviceLimits:
         vocab_size=manifest.model["vocab"],
         top_logprobs=manifest.step["top_logprobs"],
         pooling=manifest.embedding.get("pooling"),
+        hidden=manifest.embedding.get("dimensions"),
     )
 
 

@@ -164,8 +164,8 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a compiled model was sized for. max_batch bounds both sequences and wanted rows of a step. pooling: what an
-    embedding is of the hidden states; None where the artifact gives none."""
+    """What a compiled model was sized for. max_batch bounds both sequences and wanted rows of a step. pooling, hidden:
+    what an embedding is of the hidden states, and how long; None where the artifact gives none."""
 
     max_batch: int
     max_tokens: int
@@ -175,6 +175,7 @@ class DeviceLimits:
     vocab_size: int
     top_logprobs: int
     pooling: Pooling | None = None
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)

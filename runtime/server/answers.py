@@ -154,17 +154,42 @@ class TextCompletion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+class Embedding(TypedDict):
+    """embedding: of length 1 as a vector; a text where encoding_format is base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
 class ModelCard(TypedDict):
-    """max_model_len: tokens of prompt and answer together."""
+    """max_model_len: tokens of prompt and answer together. pooling: what embeddings are of the last hidden states; null
+    where there are none."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    pooling: Literal["mean", "last"] | None
 
 
 class ModelList(TypedDict):

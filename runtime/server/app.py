@@ -10,13 +10,23 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from tilewright.compiler.errors import UserError
-from tilewright.runtime.server import answers, chat_requests, operations, requests, tokens
+from tilewright.runtime.server import (
+    answers,
+    chat_requests,
+    operations,
+    requests,
+    response_answers,
+    response_requests,
+    tokens,
+)
 from tilewright.runtime.server.chat import chat_completions
 from tilewright.runtime.server.completions import completions
+from tilewright.runtime.server.embeddings import embeddings
 from tilewright.runtime.server.envelope import Envelope
 from tilewright.runtime.server.errors import ApiError, respond
 from tilewright.runtime.server.openapi import Endpoint, document
 from tilewright.runtime.server.page import PAGE
+from tilewright.runtime.server.responses import responses
 from tilewright.runtime.server.service import Service
 from tilewright.runtime.types import EngineError
 
@@ -38,6 +48,24 @@ ENDPOINTS = (
         body=requests.CompletionRequest,
         answer=answers.TextCompletion,
         chunk=answers.TextCompletion,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        responses,
+        "Answers a conversation, in items.",
+        body=response_requests.ResponseRequest,
+        answer=response_answers.Response,
+        chunk=response_answers.StreamedEvent,
+        named=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/embeddings",
+        embeddings,
+        "Texts as vectors.",
+        body=requests.EmbeddingRequest,
+        answer=answers.EmbeddingList,
     ),
     Endpoint("GET", "/v1/models", operations.models, "All models.", answer=answers.ModelList),
     Endpoint(

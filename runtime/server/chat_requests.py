@@ -112,7 +112,7 @@ class JsonSchemaFormat(Body):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-_ANY_OBJECT = '{"type": "object"}'
+ANY_OBJECT = '{"type": "object"}'
 
 
 class ChatRequest(SampledBody):
@@ -143,10 +143,7 @@ class ChatRequest(SampledBody):
         named = chosen.function.name if isinstance(chosen, NamedTool) else None
         mode = None if isinstance(chosen, NamedTool) else chosen
         self._calling = Calling.of(self.tools, mode, named, self.parallel_tool_calls)
-        if self._calling.possible and self.structured_outputs is not None:
-            raise PydanticCustomError(
-                "combination", "structured_outputs leaves no room for calls; drop it, or the tools"
-            )
+        self._calling.check_room(self.structured_outputs)
         return self
 
     @property
@@ -162,7 +159,7 @@ class ChatRequest(SampledBody):
         if isinstance(self.response_format, JsonSchemaFormat):
             return Grammar("json_schema", json.dumps(self.response_format.json_schema.json_schema))
         return (
-            Grammar("json_schema", _ANY_OBJECT) if isinstance(self.response_format, JsonObjectFormat) else super().form
+            Grammar("json_schema", ANY_OBJECT) if isinstance(self.response_format, JsonObjectFormat) else super().form
         )
 
     @property

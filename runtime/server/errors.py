@@ -20,6 +20,7 @@ _CODES = {
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
     "combination": "invalid_combination",
+    "unsupported": "unsupported_value",
 }
 
 # How pydantic names the alternatives of a field within a path: by type, which is no part of the request.

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -103,11 +103,10 @@ class Generation:
         key = self._call.key
         key.active -= 1
         key.charge(self.drawn)
-        self._call.notes |= {
-            "model": self.served.name,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.drawn,
-        }
+        notes = self._call.notes
+        notes["model"] = self.served.name
+        for name, tokens in (("prompt_tokens", self.prompt_tokens), ("completion_tokens", self.drawn)):
+            notes[name] = notes.get(name, 0) + tokens  # a call may have several, one after the other
 
     async def _cancel_when_unread(self) -> None:
         while (await self._http.receive())["type"] != "http.disconnect":
@@ -130,7 +129,8 @@ class Generation:
             reason, more = self.reasons(choice, completion)
             metrics, name = self._service.metrics, self.served.name
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
-            metrics.answer.labels(name).observe(len(completion.token_ids))
+            if completion.embedding is None:
+                metrics.answer.labels(name).observe(len(completion.token_ids))
             metrics.ended.labels(
                 name, more or ("cancelled" if completion.finish_reason == "cancelled" else reason)
             ).inc()
@@ -146,6 +146,19 @@ async def start(
     params: SamplingParams,
 ) -> Generation:
     """Checks and submits a request for each prompt. Raises ApiError, RequestError, EngineError."""
+    requests = await admit(service, http, served, prompts, params, served.engine.request)
+    return submit(service, http, served, requests)
+
+
+async def admit(
+    service: Service,
+    http: HttpRequest,
+    served: Served,
+    prompts: Sequence[Prompt | Conversation],
+    params: SamplingParams,
+    make: Callable[[Prompt, SamplingParams], Request],
+) -> list[Request]:
+    """A request for each prompt, as the engine makes them, counted against the key. Raises ApiError, RequestError."""
     call: Call = http.state.call
     service.check_open()
     call.key.check_priority(params.priority)
@@ -154,14 +167,19 @@ async def start(
 
     def encode() -> list[Request]:
         tokens = (p.tokens(served.tokenizer) if isinstance(p, Conversation) else p for p in prompts)
-        return [served.engine.request(prompt, params) for prompt in tokens]
+        return [make(prompt, params) for prompt in tokens]
 
     requests = await service.encode(params.grammar is not None or _length(prompts) > _LONG, encode)
     service.check_open()  # it may have been told to end meanwhile
     if served.engine.failure is not None:
         raise EngineError("it has failed")
     call.key.admit_tokens(sum(request.prompt_tokens for request in requests))
-    generation = Generation(service, call, served, served.engine.open(requests), http)
+    return requests
+
+
+def submit(service: Service, http: HttpRequest, served: Served, requests: Sequence[Request]) -> Generation:
+    """Raises QueueFullError, EngineError."""
+    generation = Generation(service, http.state.call, served, served.engine.open(requests), http)
     for request in requests:
         service.metrics.prompt.labels(served.name).observe(request.prompt_tokens)
     service.metrics.prompt_tokens.labels(served.name).inc(generation.prompt_tokens)

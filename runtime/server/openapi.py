@@ -19,7 +19,8 @@ _REFERENCE = "#/components/schemas/{model}"
 @dataclass(frozen=True)
 class Endpoint:
     """One path. handler: as Starlette takes it. body, answer, chunk: types of what comes in, goes out, and goes out as
-    the events of a stream; an answer of None is text. public: needs no key. refusals: statuses of errors."""
+    the events of a stream, which are `named` or end with [DONE]; an answer of None is text. public: needs no key.
+    refusals: statuses of errors."""
 
     method: str
     path: str
@@ -28,6 +29,7 @@ class Endpoint:
     body: type[Body] | None = None
     answer: Any = None
     chunk: Any = None
+    named: bool = False
     public: bool = False
     refusals: tuple[int, ...] = ()
 
@@ -43,7 +45,7 @@ def document(endpoints: Sequence[Endpoint], models: Sequence[str], keyed: bool) 
     models: the names that are served. keyed: whether there are API keys.
     """
     types = {t for e in endpoints for t in (e.body, e.answer, e.chunk) if t is not None} | {ErrorAnswer}
-    adapters = [(t, "validation", TypeAdapter(t)) for t in sorted(types, key=lambda t: t.__name__)]
+    adapters = [(t, "validation", TypeAdapter(t)) for t in sorted(types, key=lambda t: getattr(t, "__name__", str(t)))]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template=_REFERENCE)  # type: ignore[arg-type]
     references = {t: schemas[(t, "validation")] for t in types}
     components = shared["$defs"]
@@ -72,7 +74,7 @@ _ABOUT = (
 )
 
 
-def _event(chunk: Json) -> Json:
+def _event(chunk: Json, named: bool) -> Json:
     """The schema of one event of a stream."""
     said = {
         "type": "string",
@@ -80,7 +82,10 @@ def _event(chunk: Json) -> Json:
         "contentSchema": {"anyOf": [chunk, {"$ref": _REFERENCE.format(model="ErrorAnswer")}]},
         "description": "A chunk; an error, and nothing after it, where the engine fails.",
     }
-    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, said]}}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, said]}}}
+    if named:
+        event["properties"] = {"event": {"type": "string", "description": "The chunk's type."}, "data": said}
+    return event
 
 
 def _operation(endpoint: Endpoint, references: dict[Any, Json], models: Sequence[str], keyed: bool) -> Json:
@@ -88,7 +93,7 @@ def _operation(endpoint: Endpoint, references: dict[Any, Json], models: Sequence
     if endpoint.answer is None:
         content["text/plain"] = {"schema": {"type": "string"}}
     if endpoint.chunk is not None:
-        content["text/event-stream"] = {"itemSchema": _event(references[endpoint.chunk])}
+        content["text/event-stream"] = {"itemSchema": _event(references[endpoint.chunk], endpoint.named)}
     responses: Json = {"200": {"description": "Done.", "content": content}}
     failed = references[endpoint.answer] if endpoint.public else references[ErrorAnswer]
     for status in endpoint.statuses:

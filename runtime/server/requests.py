@@ -6,7 +6,7 @@ the context, that a token is in the vocabulary) the engine checks.
 """
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,7 @@ from tilewright.runtime.grammar import Grammar
 from tilewright.runtime.server.limits import (
     MAX_BIASES,
     MAX_CHOICES,
+    MAX_INPUTS,
     MAX_PROMPTS,
     MAX_SAMPLES,
     MAX_STOPS,
@@ -49,6 +50,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Temperature = Annotated[
     float, Field(ge=0, le=2, json_schema_extra={"not": {"exclusiveMinimum": 0, "exclusiveMaximum": 0.001}})
 ]
+Priority = Annotated[int, Field(ge=-1000, le=1000), Integral]
+Deadline = Annotated[float, Field(gt=0, le=1e6)]
 Label = Annotated[str, Field(max_length=512)]
 
 
@@ -119,10 +122,10 @@ class DrawnBody(ModelBody):
         None, description="Extension: tokens that end an answer, beside the model's own."
     )
     ignore_eos: bool | None = Field(None, description="Extension: the model's own end tokens do not end an answer.")
-    priority: Annotated[int, Field(ge=-1000, le=1000), Integral] | None = Field(
+    priority: Priority | None = Field(
         None, description="Extension: higher goes first; default 0. A key may have an upper limit."
     )
-    deadline_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    deadline_s: Deadline | None = Field(
         None,
         description="Extension: seconds after which what is there is the answer, with finish_reason length and "
         "stop_reason deadline.",
@@ -230,11 +233,38 @@ class CompletionRequest(SampledBody):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """Each of them, a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return listed(self.prompt)
+
+
+def listed(given: Any) -> list[str] | list[list[int]]:
+    """A text or a list of token ids becomes a list of one."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+class EmbeddingRequest(ModelBody):
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Texts
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: of float32 numbers, little-endian. Default float."
+    )
+    dimensions: Count | None = Field(None, description="Only as many as the model has: nothing is cut off.")
+    user: Label | None = Field(None, description="Ignored.")
+    priority: Priority | None = Field(None, description="Extension: as for answers.")
+    deadline_s: Deadline | None = Field(None, description="Extension: seconds after which there is an error instead.")
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """Each of them, a text or token ids."""
+        return listed(self.input)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

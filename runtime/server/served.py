@@ -28,6 +28,7 @@ class Served:
             "created": self.created,
             "owned_by": "tilewright",
             "max_model_len": self.engine.capacity,
+            "pooling": self.engine.pooling,
         }
 
 

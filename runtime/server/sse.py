@@ -1,4 +1,4 @@
-"""Answers as server-sent events: a JSON text an event, [DONE] at the end, an error's body where the engine fails."""
+"""Answers as server-sent events: a JSON text an event, an error's body where the engine fails, [DONE] at the end."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -22,19 +22,22 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # 
 class EventStreamResponse:
     """An ASGI response that owns its generation: however it ends, nothing of it goes on."""
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[Mapping[str, Any]]) -> None:
-        self._generation, self._chunks = generation, chunks
+    def __init__(self, generation: Generation, chunks: AsyncIterator[Mapping[str, Any]], named: bool = False) -> None:
+        """named: events carry their type as a name, and the last of them says that it is the last."""
+        self._generation, self._chunks, self._named = generation, chunks, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._generation:
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
             try:
                 async for chunk in self._chunks:
-                    await send(_body(_event(chunk)))
+                    name = f"event: {chunk['type']}\n".encode() if self._named else b""
+                    await send(_body(name + _event(chunk)))
             except EngineError as error:
                 await send(_body(_event(as_api_error(error).body)))
             else:
-                await send(_body(b"data: [DONE]\n\n"))
+                if not self._named:
+                    await send(_body(b"data: [DONE]\n\n"))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -100,6 +100,13 @@ class Calling:
             raise PydanticCustomError("combination", f"tool_choice names {name}, which tools does not have; add it")
         return Calling(tools, name or choice or "auto", name is not None, several is not False)
 
+    def check_room(self, structured: Any) -> None:
+        """structured: a form of answers that has no place for calls, if there is one. Raises PydanticCustomError."""
+        if self.possible and structured is not None:
+            raise PydanticCustomError(
+                "combination", "structured_outputs leaves no room for calls; drop it, or the tools"
+            )
+
     @property
     def possible(self) -> bool:
         return bool(self.tools) and (self.named or self.choice != "none")

@@ -37,17 +37,11 @@ from tilewright.runtime.types import (
     TextCodec,
 )
 
-LIMITS = DeviceLimits(
-    max_batch=8,
-    max_tokens=64,
-    max_context=96,
-    page_size=4,
-    num_pages=64,
-    vocab_size=50,
-    top_logprobs=3,
-    pooling="mean",
-)
 HIDDEN = 6
+LIMITS = DeviceLimits(
+    max_batch=8, max_tokens=64, max_context=96, page_size=4, num_pages=64, vocab_size=50, top_logprobs=3,
+    pooling="mean", hidden=HIDDEN,
+)  # fmt: skip
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.runtime.fake import FakeModel, expected
+from tests.runtime.fake import HIDDEN, FakeModel, expected
 from tests.runtime.tokenizers_made import EOS, byte_level
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.server.app import create_app
@@ -34,7 +34,7 @@ def make_tokenizer() -> Tokenizer:
 TOKENIZER = make_tokenizer()
 LIMITS = DeviceLimits(
     max_batch=8, max_tokens=64, max_context=512, page_size=4, num_pages=512,
-    vocab_size=TOKENIZER.vocab_size, top_logprobs=20,
+    vocab_size=TOKENIZER.vocab_size, top_logprobs=20, pooling="mean", hidden=HIDDEN,
 )  # fmt: skip
 
 
@@ -54,6 +54,11 @@ class PacedModel(FakeModel):
             raise MemoryError("the device is gone")
         time.sleep(self.step_s)
         return super().step(batch)
+
+    def hidden(self, inputs):
+        assert self.gate.wait(20)
+        time.sleep(self.step_s)
+        return super().hidden(inputs)
 
 
 class Running:
