@@ -67,7 +67,12 @@ def tool_form(template: str | None) -> ToolForm:
 def spelt_out(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """The conversation for a template that knows of no tools: functions in the system message, calls and results as
     text. tools: as OpenAI's API has them."""
-    spelt = [_spelt(message) for message in messages]
+    spelt: list[Message] = []
+    for message in messages:
+        more = _spelt(message)
+        if message["role"] == "tool" and spelt and spelt[-1].get("results"):
+            more = {**more, "content": f"{spelt.pop()['content']}\n{more['content']}"}  # roles have to alternate
+        spelt.append(more)
     if not tools:
         return spelt
     system = spelt.pop(0)["content"] if spelt and spelt[0]["role"] == "system" else ""
@@ -83,7 +88,8 @@ def spelt_out(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -
 
 def _spelt(message: Message) -> Message:
     if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        content = f"<tool_response>\n{message['content']}\n</tool_response>"
+        return {"role": "user", "content": content, "results": True}
     calls = [
         f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
         for call in message.get("tool_calls") or ()

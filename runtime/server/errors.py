@@ -25,7 +25,7 @@ _CODES = {
 
 # How pydantic names the alternatives of a field within a path: by type, which is no part of the request.
 _ALTERNATIVE = re.compile(r"str|int|float|bool|.*[\[\]-].*")
-_TAG = re.compile("system|developer|user|assistant|tool")  # of messages; user is a field of its own as well
+_TAG = re.compile("system|developer|user|assistant|tool|message|function_call|function_call_output")
 
 
 class ApiError(Exception):
@@ -104,6 +104,7 @@ def _invalid(error: ValidationError) -> ApiError:
 
 
 def _alternative(place: int, part: str) -> bool:
+    """Whether a part of a path only names an alternative. A tag is never the first part: user is a field as well."""
     return bool(_ALTERNATIVE.fullmatch(part) or (place and _TAG.fullmatch(part)))
 
 

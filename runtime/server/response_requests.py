@@ -81,7 +81,11 @@ InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputCallOutput, Tag("function_call_output")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="item",
+        custom_error_message="this is no input item; give a message, a function_call or a function_call_output",
+    ),
 ]
 
 

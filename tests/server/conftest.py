@@ -17,4 +17,5 @@ def _shared() -> Iterator[Running]:
 def server(_shared: Running) -> Iterator[Running]:
     yield _shared
     _shared.model.gate.set()
+    _shared.model.script = []
     _shared.rest()

@@ -32,6 +32,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = make_tokenizer()
+[EOS_ID] = TOKENIZER.stop_token_ids
 LIMITS = DeviceLimits(
     max_batch=8, max_tokens=64, max_context=512, page_size=4, num_pages=512,
     vocab_size=TOKENIZER.vocab_size, top_logprobs=20, pooling="mean", hidden=HIDDEN,
@@ -39,7 +40,7 @@ LIMITS = DeviceLimits(
 
 
 class PacedModel(FakeModel):
-    """Waits at a gate before each step, takes `step_s` for it, and fails when told to."""
+    """Waits at a gate before each step, takes `step_s` for it, says what it is told to, and fails when told to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,13 +48,17 @@ class PacedModel(FakeModel):
         self.gate.set()
         self.step_s = 0.0
         self.broken = False
+        self.script: list[int] = []  # what it says instead of its own, to whatever prompt
 
     def step(self, batch):
         assert self.gate.wait(20)
         if self.broken:
             raise MemoryError("the device is gone")
         time.sleep(self.step_s)
-        return super().step(batch)
+        result = super().step(batch)
+        if self.script:
+            result.token_ids[:] = [self.script[draw] for draw in batch.draws]
+        return result
 
     def hidden(self, inputs):
         assert self.gate.wait(20)
@@ -143,8 +148,9 @@ def running(
     names: tuple[str, ...] = (MODEL,),
     cors_origins: tuple[str, ...] = (),
     log_prompts: bool = False,
+    device: DeviceLimits = LIMITS,
 ) -> Iterator[Running]:
-    models = {name: PacedModel(LIMITS, TOKENIZER) for name in names}
+    models = {name: PacedModel(device, TOKENIZER) for name in names}
     served = [Served(name, Engine(model, engine_limits), TOKENIZER) for name, model in models.items()]
     service = Service.of(served, limits, KeyRing(keys or []), log_prompts=log_prompts)
     bound = bind("127.0.0.1", 0)
