@@ -18,6 +18,7 @@ from tilewright.compiler.relax_utils import (
     composite_of,
     input_count,
     main_function,
+    op_name,
     remove_dead_code,
     shape,
     static,
@@ -114,9 +115,14 @@ def _hidden(emitter: Emitter, value: Expr, _: Sequence[Any]) -> Expr:
     """What the projection to the vocabulary reads; a norm that has joined it stands alone again."""
     builder = emitter.builder
     projection = _defined(builder, _first(emitter, value))
+    while op_name(projection) is not None and composite_of(builder.get(), projection) is None:  # logits are scaled, say
+        values = [arg for arg in projection.args if isinstance(arg, relax.Var)]
+        if len(values) != 1:
+            break
+        projection = _defined(builder, values[0])
     composite = composite_of(builder.get(), projection)
     if composite is None or composite[0] != "linear":
-        raise CompileError("the logits are not the result of a linear, so there are no hidden states to embed texts by")
+        raise CompileError("the logits are not made of one linear, so there are no hidden states to embed texts by")
     x, _, *others = projection.args
     norm = composite[1].norm
     return x if norm is None else relax.Call(add_composite(builder, "rms_norm", norm), [x, others[0]])
@@ -127,9 +133,8 @@ def _defined(builder: Any, value: Expr) -> Expr:
     while True:
         if isinstance(value, relax.Var) and (found := builder.lookup_binding(value)) is not None:
             value = found
-        elif isinstance(value, relax.TupleGetItem) and isinstance(
-            whole := _defined(builder, value.tuple_value), relax.Tuple
-        ):
-            value = whole.fields[value.index]
-        else:
+            continue
+        whole = _defined(builder, value.tuple_value) if isinstance(value, relax.TupleGetItem) else None
+        if not isinstance(whole, relax.Tuple):
             return value
+        value = whole.fields[value.index]

@@ -47,6 +47,7 @@ def test_the_manifest_describes_the_model(path: Path) -> None:
     assert manifest.target["kind"] == "cpu" and manifest.target["features"]
     assert (manifest.model["family"], manifest.model["layers"], manifest.model["vocab"]) == ("llama", 2, 203)
     assert manifest.limits == {"max_batch": 4, "max_tokens": 64, "max_context": 512, "page_size": 16}
+    assert manifest.embedding == {"pooling": "last", "dimensions": manifest.model["hidden"], "normalized": True}
     assert manifest.step["inputs"] == [*STEP_INPUTS, *SAMPLING_INPUTS]
     assert [(b.function, b.tokens, b.static) for b in manifest.buckets] == [("step_1", 1, True), ("step", 64, False)]
     assert manifest.provenance["source"]["kind"] == "gguf" and manifest.provenance["quant"] == "auto"
@@ -74,7 +75,7 @@ def test_every_kernel_tells_schedule_tile_floor_and_calls(path: Path) -> None:
     for kernel in kernels:
         assert kernel["name"].startswith(kernel["schedule"])
         assert kernel["calls"] or kernel["name"] in picked
-        assert set(kernel["calls"]) <= {"step", "step_1", "logits", "layers"}
+        assert set(kernel["calls"]) <= {"step", "step_1", "logits", "hidden", "layers"}
         assert isinstance(kernel["tile"], dict) != ("picks" in kernel)
         assert kernel["rows"] in (None, kernel["max_rows"])
     assert any(k["calls"] == {"step_1": k["calls"].get("step_1")} for k in kernels), "none is the lone decode's own"

@@ -15,6 +15,7 @@ import torch
 import tilewright
 from tests.checkpoints import CASES, Case, load_reference, logits_of, make_checkpoint
 from tests.tolerances import assert_close
+from tilewright.compiler.options import POOLINGS
 
 GREEDY_STEPS = 64
 CHUNK = 64  # tokens a step, so that the longest prompt comes in five chunks, the last one short
@@ -42,6 +43,7 @@ class Pair:
     case: Case
     ours: tilewright.Model
     theirs: Any
+    pooling: str
 
     def tokens(self, length: int, seed: int | None = None) -> list[int]:
         return np.random.default_rng(seed).integers(0, self.ours.limits.vocab_size, length).tolist()
@@ -53,8 +55,11 @@ def pair(
 ) -> Iterator[Pair]:
     number, case = request.param
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("model"), case.family, **dict(case.overrides))
-    artifact = compile_tiny(checkpoint, max_tokens=CHUNK, page_size=PAGE_SIZES[number % len(PAGE_SIZES)])
-    yield Pair(case, tilewright.load(artifact, kv_tokens=1024), load_reference(checkpoint))
+    pooling = POOLINGS[number % len(POOLINGS)]
+    artifact = compile_tiny(
+        checkpoint, max_tokens=CHUNK, page_size=PAGE_SIZES[number % len(PAGE_SIZES)], pooling=pooling
+    )
+    yield Pair(case, tilewright.load(artifact, kv_tokens=1024), load_reference(checkpoint), pooling)
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 300])
@@ -72,6 +77,25 @@ def test_greedy_tokens(pair: Pair) -> None:
         engine.check_invariants()
     for prompt, completion in zip(prompts, completions, strict=True):
         assert list(completion.token_ids) == _greedy(pair.theirs, prompt), f"after a prompt of {len(prompt)}"
+
+
+def test_embeddings(pair: Pair) -> None:
+    """Beside an answer that runs, in chunks of which the longest text fills several."""
+    prompts = [pair.tokens(length) for length in (1, 5, 150)]
+    with tilewright.Engine(pair.ours) as engine:
+        other = engine.stream_sync(pair.tokens(9), tilewright.SamplingParams(max_tokens=40, ignore_eos=True))
+        next(other)
+        vectors = engine.embed(prompts)
+        alone = engine.embed(prompts[2:])
+        for _ in other:
+            pass
+        engine.check_invariants()
+    np.testing.assert_array_equal(vectors[2], alone[0])
+    for prompt, vector in zip(prompts, vectors, strict=True):
+        with torch.no_grad():
+            states = pair.theirs(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0].numpy()
+        pooled = states.mean(axis=0) if pair.pooling == "mean" else states[-1]
+        assert_close(vector, pooled / np.linalg.norm(pooled), "logits_float32")
 
 
 def _greedy(model: Any, prompt: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Small models of stage "fused", and a batch driver that steps a served one over pages poisoned with NaN."""
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -45,6 +46,7 @@ class Tiny:
     sinks: bool = False
     taps: bool = False
     trouble: str | None = None  # a way to mix tokens
+    logits_scale: float | None = None
 
     @property
     def q_size(self) -> int:
@@ -136,6 +138,9 @@ class _Writer:
             x = self.emit(op.add(h, x))
             taps.append(x)
         logits = self.linear(self.norm(x, "norm"), "embed")
+        if c.logits_scale is not None:  # NaN: by themselves
+            by = logits if math.isnan(c.logits_scale) else relax.const(c.logits_scale, "float32")
+            logits = self.emit(op.multiply(logits, by))
         return relax.Tuple([logits, *taps]) if c.taps else logits
 
     def _angles(self) -> tuple[Expr, Expr]:

@@ -1,18 +1,23 @@
 """`step` draws from what `logits` gives, as the reference does; Philox agrees with its published vectors."""
 
+import math
+
 import numpy as np
 import pytest
 import tvm
 
-from tests.passes.served_models import TARGET, Batch, Tiny, fused_model, random_params, round_trip
+from tests.passes.served_models import TARGET, Batch, Tiny, composite_names, fused_model, random_params, round_trip
 from tests.sampling_reference import philox4x32, sample_reference, uniform
 from tests.tolerances import assert_close
 from tilewright.compiler.composites import SAMPLING_INPUTS, SampleSpec
 from tilewright.compiler.errors import CompileError
+from tilewright.compiler.relax_utils import param_entries, weight_params
 from tilewright.compiler.sample_body import sample_kernel
 from tilewright.compiler.verify import verify
+from tilewright.passes.fuse_linear_neighbours import FuseLinearNeighbours
 from tilewright.passes.insert_paged_kv import InsertPagedKV
 from tilewright.passes.lower_sampling import LowerSampling
+from tilewright.passes.quantize_weights import QuantizeWeights
 
 VOCAB, ALTERNATIVES = 83, 5
 
@@ -171,6 +176,37 @@ def test_step_draws_from_the_logits_beside_it():
         np.testing.assert_array_equal(actual[2], expected[2])
         assert_close(actual[1], expected[1])
         assert_close(actual[3], expected[3])
+
+
+@pytest.mark.parametrize("logits_scale", [None, 0.5])
+def test_hidden_states_are_what_the_logits_are_made_of(logits_scale: float | None):
+    c = Tiny(windows=(None,), taps=True, logits_scale=logits_scale)
+    mod = LowerSampling(ALTERNATIVES).run(InsertPagedKV(4).run(fused_model(c)))
+    verify(mod, "served")
+    round_trip(mod)
+    params = random_params(mod["logits"], np.random.default_rng())
+    first, second = (Batch(mod, params, 4) for _ in range(2))
+    head = params[[p.name for p in weight_params(mod["logits"])].index("embed")]
+    for request in ({0: [1, 2, 3], 1: [4]}, {0: [5], 1: [6, 7]}):
+        states = second.step(request, all_rows=True, function="hidden")
+        assert_close(states @ head.T * (logits_scale or 1), first.step(request, all_rows=True))
+
+
+def test_hidden_states_are_normalised_where_the_norm_has_joined_the_projection():
+    c = Tiny(windows=(None,))
+    plain = InsertPagedKV(4).run(fused_model(c))
+    formats = tuple((s, "f32") for e in param_entries(plain["logits"]) for s in e["sources"])
+    joined = FuseLinearNeighbours().run(QuantizeWeights(formats).run(plain))
+    mod = LowerSampling(ALTERNATIVES).run(joined)
+    verify(mod, "served")
+    assert composite_names(mod, "hidden").count("rms_norm") == 1 and not composite_names(mod).count("rms_norm")
+    assert composite_names(mod, "hidden").count("linear") == composite_names(mod).count("linear") - 1
+
+
+def test_hidden_states_need_a_projection():
+    mod = InsertPagedKV(4).run(fused_model(Tiny(windows=(None,), logits_scale=math.nan)))
+    with pytest.raises(CompileError, match="no hidden states to embed"):
+        LowerSampling(ALTERNATIVES).run(mod)
 
 
 def test_no_more_alternatives_than_tokens():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.runtime.fake import FakeModel
+from tests.runtime.fake import HIDDEN, FakeModel
 from tilewright.compiler.artifact import Manifest
 from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 from tilewright.runtime.cuda.executor import CudaExecutor
@@ -143,6 +143,7 @@ class FakeVM(dict):
         self.pool: list[np.ndarray] = []  # memory of results, which is never given back
         for bucket in manifest.buckets:
             self[bucket.function] = lambda *args, b=bucket: self.step(b, *args)
+        self["hidden"] = self.hidden
         if feeds:
             self["feed"] = self.feed
 
@@ -183,6 +184,20 @@ class FakeVM(dict):
 
         self.cuda.put(run)
         return [self.ffi.from_dlpack(result) for result in results]
+
+    def hidden(self, *args: Any) -> Any:
+        *inputs, pages, _ = args
+        arrays = dict(zip(STEP_INPUTS, (array_over(tensor) for tensor in inputs), strict=True))
+        result = np.full((len(arrays["rows"]), HIDDEN), np.nan, np.float32)
+        self.pool.append(result)
+
+        def run() -> None:
+            self._load(pages)
+            result[:] = self.model.hidden({name: array.copy() for name, array in arrays.items()})
+            self._save(pages)
+
+        self.cuda.put(run)
+        return self.ffi.from_dlpack(result)
 
     def _load(self, pages: Any) -> None:
         for store, layer in zip(self.model.stores, array_over(pages), strict=True):
@@ -236,6 +251,7 @@ def fake_manifest(limits: DeviceLimits, statics: tuple[int, ...] = (1, 2, 4)) ->
         memory={"weights_bytes": 0, "workspace_bytes": 1000, "page_bytes": _STORES * 2 * limits.page_size * 4},
         tokenizer={},
         provenance={},
+        embedding={"pooling": limits.pooling, "dimensions": limits.hidden},
     )
 
 

@@ -256,6 +256,30 @@ def test_whole_sequences_run_on_pages_of_their_own() -> None:
     assert cuda.used == before, "memory is leaked"
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_prompts_are_embedded_between_the_steps_of_others(pooling: str) -> None:
+    limits = device(pooling=pooling)
+    bench, cuda = bench_on(limits, 7)
+    requests = [bench.submit([i, 1], SamplingParams(max_tokens=12, seed=0)) for i in range(3)]
+    requests += [bench.embed([*range(length)], SamplingParams()) for length in (1, 20, 33)]
+    bench.run()
+    for request in requests:
+        check(request, limits)
+    used = cuda.used
+    bench.embed([1, 2, 3], SamplingParams())
+    bench.run()
+    assert cuda.used == used, "memory is leaked"
+
+
+def test_a_gpu_that_hangs_while_it_embeds(monkeypatch) -> None:
+    on_gpu, cuda = fake_executor(LIMITS, FakeModel(LIMITS))
+    monkeypatch.setattr(executor, "_WATCHDOG_S", 0.01)
+    cuda.stuck = True
+    with pytest.raises(DeviceError, match="it hangs"):
+        on_gpu.hidden(next(iter(_chunks(np.arange(4, dtype=np.int32), 4, 1))))
+    assert cuda.abandoned
+
+
 def test_bfloat16_comes_back_as_the_float32_of_its_value() -> None:
     on_gpu, cuda = fake_executor(LIMITS, FakeModel(LIMITS))
     bits = np.array([0x3F80, 0xC040], np.uint16)  # 1, -3
