@@ -109,7 +109,7 @@ def describe(
         kernels=tuple(kernels),
         memory={
             "weights_bytes": sum(p.bytes for p in params),
-            "workspace_bytes": max(size for name, size in workspace.items() if name.startswith("step")),
+            "workspace_bytes": max(size for name, size in workspace.items() if name.startswith(("step", "hidden"))),
             "page_bytes": page_bytes,
         },
         tokenizer=json.loads(json.dumps(tokenizer)),

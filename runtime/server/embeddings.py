@@ -35,7 +35,7 @@ async def embeddings(http: HttpRequest) -> Response:
     requests = await admit(service, http, served, body.inputs, params, served.engine.embedding)
     vectors: list[np.ndarray] = []
     end_s = time.monotonic() + (params.deadline_s or most_s)
-    for some in _parts(requests):
+    for some in _parts(requests, min(_AT_ONCE, served.engine.limits.max_queue)):
         left_s = end_s - time.monotonic()
         for request in some:
             request.params = replace(params, deadline_s=max(left_s, _LEAST_S))
@@ -54,9 +54,9 @@ def _check_dimensions(served: Served, asked: int | None) -> None:
         raise ApiError(400, message, code="model_limit", param="dimensions")
 
 
-def _parts(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-    for start in range(0, len(requests), _AT_ONCE):
-        yield requests[start : start + _AT_ONCE]
+def _parts(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
 
 
 def _vector(done: Completion) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Errors as OpenAI's API words them: {"error": {"message", "type", "param", "code"}}."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from tilewright.compiler.errors import ContextLengthError, GrammarError, QueueFullError, UserError
 from tilewright.runtime.server.answers import ErrorAnswer
+from tilewright.runtime.server.requests import Body
 from tilewright.runtime.types import EngineError
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -105,7 +107,16 @@ def _invalid(error: ValidationError) -> ApiError:
 
 def _alternative(place: int, part: str) -> bool:
     """Whether a part of a path only names an alternative. A tag is never the first part: user is a field as well."""
-    return bool(_ALTERNATIVE.fullmatch(part) or (place and _TAG.fullmatch(part)))
+    return bool(_ALTERNATIVE.fullmatch(part) or (place and (_TAG.fullmatch(part) or part in _model_names())))
+
+
+@functools.cache
+def _model_names() -> frozenset[str]:
+    """Of all that a field may be."""
+    found = [Body]
+    for model in found:
+        found += model.__subclasses__()
+    return frozenset(model.__name__ for model in found)
 
 
 def _routed(error: HTTPException) -> ApiError:

@@ -129,6 +129,7 @@ def test_gguf_files(refused, tmp_path, edit, sentence):
         (("--quant", "q9_9"), "--quant is 'q9_9'; use auto, none or one of "),
         (("--weights", "random"), "--weights is 'random'; use auto or random:SEED"),
         (("--weights", "random:-1"), "--weights is 'random:-1'; use auto or random:SEED"),
+        (("--pooling", "max"), "--pooling is 'max'; use last or mean"),
         (("--max-batch", "64", "--max-tokens", "32"), "--max-batch 64 is more than --max-tokens 32"),
     ],
 )

@@ -62,6 +62,8 @@ class PacedModel(FakeModel):
 
     def hidden(self, inputs):
         assert self.gate.wait(20)
+        if self.broken:
+            raise MemoryError("the device is gone")
         time.sleep(self.step_s)
         return super().hidden(inputs)
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -106,3 +108,21 @@ def test_time_that_is_over_and_artifacts_without_them(server: Running) -> None:
     with running(ServerLimits(), device=replace(LIMITS, pooling=None, hidden=None)) as old:
         status, _, body = old.ask("POST", "/v1/embeddings", {"model": MODEL, "input": "a"})
         assert status == 400 and "compile the model again" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(("way", "code"), [("drains", "draining"), ("fails", "engine_dead")])
+def test_an_end_before_the_texts_are_computed(way: str, code: str) -> None:
+    with running() as it, ThreadPoolExecutor(1) as pool:
+        it.model.gate.clear()
+        asked = pool.submit(it.ask, "POST", "/v1/embeddings", {"model": MODEL, "input": "lazy " * 90})
+        wait_until(lambda: it.engine.load.running)
+        if way == "drains":
+            it.end()
+            wait_until(lambda: it.service.draining)
+            it.end()
+            time.sleep(0.2)  # until the second signal is noticed
+        else:
+            it.model.broken = True
+        it.model.gate.set()
+        status, _, body = asked.result()
+    assert status == 503 and body["error"]["code"] == code

@@ -188,6 +188,7 @@ def test_the_async_client_calls(server: Running) -> None:
         ({"tools": TOOLS, "tool_choice": UNKNOWN}, "invalid_combination", "names x"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "invalid_combination", "two functions named weather"),
         ({"tools": TOOLS, "tool_choice": "always"}, "invalid_value", "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "missing_required_parameter", "tool_choice.function:"),
         ({"tools": [function("a b")]}, "invalid_value", "tools.0.function.name"),
         ({"tools": [{"type": "custom"}]}, "invalid_value", "tools.0.type"),
         ({"tools": [function(f"f{i}") for i in range(129)]}, "invalid_value", "tools"),
