@@ -137,11 +137,11 @@ def conversions(checkpoint: Checkpoint, params: tuple[Param, ...]) -> tuple[str,
     )
 
 
-def references(mod: Any) -> tuple[str, ...]:
+def references(mod: Any, function: str = "step") -> tuple[str, ...]:
     """A line for each kind of composite that runs by its reference body in the general step, for want of a schedule."""
     from tilewright.compiler.relax_utils import bindings, composite_of
 
-    found = (composite_of(mod, b.value) for b in bindings(mod["step"]))
+    found = (composite_of(mod, b.value) for b in bindings(mod[function]))
     calls = Counter(composite[0] for composite in found if composite is not None)
     return tuple(
         f"{count} calls of {name} run slowly, by the reference body: no schedule takes them"
