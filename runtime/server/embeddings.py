@@ -63,7 +63,8 @@ def _vector(done: Completion) -> np.ndarray:
     if done.embedding is not None:
         return done.embedding
     if done.finish_reason == "deadline":
-        raise unavailable("the time was over before the texts were computed; send fewer, or allow more", "deadline")
+        message = "the time was over before the texts were computed; send fewer, or allow more"
+        raise ApiError(408, message, code="deadline")
     raise unavailable("the server is about to end; send the request to another one", "draining")
 
 

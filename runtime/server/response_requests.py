@@ -22,6 +22,7 @@ from tilewright.runtime.server.tool_requests import (
 )
 
 ItemId = Annotated[str, Field(max_length=128)]
+Off = Annotated[bool, Field(json_schema_extra={"enum": [False]})]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -114,7 +115,7 @@ class ResponseToolChoice(Body):
 
 def _refused(words: str) -> BeforeValidator:
     def check(value: Any) -> Any:
-        if value in (None, False):
+        if value is None or value is False:
             return value
         raise PydanticCustomError("unsupported", words)
 
@@ -137,9 +138,9 @@ class ResponseRequest(DrawnBody):
     tool_choice: ToolMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
-    store: Annotated[Literal[False] | None, _NOT_KEPT] = Field(None, description="Responses are not kept.")
+    store: Annotated[Off | None, _NOT_KEPT] = Field(None, description="Responses are not kept.")
     previous_response_id: Annotated[None, _NOT_KNOWN] = Field(None, description="Responses are not kept.")
-    background: Annotated[Literal[False] | None, _NOT_BEHIND] = None
+    background: Annotated[Off | None, _NOT_BEHIND] = None
     _calling: Calling = PrivateAttr()
 
     @model_validator(mode="after")
