@@ -1,7 +1,7 @@
 """The step that draws: logits and the sampler in one function; and what the logits are made of, for embeddings."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import tvm
@@ -124,8 +124,11 @@ def _hidden(emitter: Emitter, value: Expr, _: Sequence[Any]) -> Expr:
     if composite is None or composite[0] != "linear":
         raise CompileError("the logits are not made of one linear, so there are no hidden states to embed texts by")
     x, _, *others = projection.args
-    norm = composite[1].norm
-    return x if norm is None else relax.Call(add_composite(builder, "rms_norm", norm), [x, others[0]])
+    spec = composite[1]
+    if spec.norm is None:
+        return x
+    norm = add_composite(builder, "rms_norm", replace(spec.norm, dtype=spec.dtype))
+    return relax.Call(norm, [x, others[0]])
 
 
 def _defined(builder: Any, value: Expr) -> Expr:
