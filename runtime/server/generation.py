@@ -147,18 +147,29 @@ async def start(
         call.notes["prompts"] = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def encode() -> list[Request]:
-        return [served.engine.request(prompt, params) for prompt in prompts]
+        return [served.engine.request(prompt, params, call.key.name) for prompt in prompts]
 
     requests = await service.encode(params.grammar is not None or _length(prompts) > _LONG, encode)
     service.check_open()  # it may have been told to end meanwhile
     if served.engine.failure is not None:
         raise EngineError("it has failed")
     call.key.admit_tokens(sum(request.prompt_tokens for request in requests))
-    generation = Generation(service, call, served, served.engine.open(requests), http)
+    events = served.engine.open(requests)
+    if params.deadline_s is not None and params.deadline_s < service.limits.request_s:
+        await _decided(events)  # the client's own deadline may be refused
+    generation = Generation(service, call, served, events, http)
     for request in requests:
         service.metrics.prompt.labels(served.name).observe(request.prompt_tokens)
     service.metrics.prompt_tokens.labels(served.name).inc(generation.prompt_tokens)
     return generation
+
+
+async def _decided(events: EventStream) -> None:
+    try:
+        await events.decided()
+    except BaseException:
+        events.cancel()
+        raise
 
 
 def _length(prompts: Sequence[Prompt]) -> int:
