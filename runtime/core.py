@@ -185,8 +185,7 @@ class EngineCore:
     def _take_in(self, request: Request) -> None:
         """Queues a request, or refuses it."""
         if self.costs is not None:
-            rank = request.samples[0].rank
-            running = [(s.computed, s.request.prompt_tokens) for s in self.running if s.rank < rank]
+            running = [(sample.computed, sample.request.prompt_tokens) for sample in self.running]
             cached = len(self._cached(request.samples[0])) * self.pool.page_size
             request.refusal = refusal(request, cached, running, self.costs, self.budget)
         if request.refusal is not None:

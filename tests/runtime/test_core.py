@@ -57,7 +57,7 @@ class CoreMachine(RuleBasedStateMachine):
     """Arrivals, cancels, deadlines and forks at random, on a device and a pool of random size."""
 
     @initialize(
-        pages=st.integers(6, 24),
+        pages=st.integers(7, 24),
         batch=st.integers(3, 8),
         tokens=st.integers(8, 40),
         chunk=st.sampled_from([1, 2, 7, None]),
