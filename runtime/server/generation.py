@@ -126,6 +126,7 @@ class Generation:
             self._last_s[choice] = now_s
         if (completion := event.completion) is not None:
             reason, more = self.reasons(choice, completion)
+            self._call.notes.setdefault("finish_reasons", []).append(more or reason)
             metrics, name = self._service.metrics, self.served.name
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
             metrics.answer.labels(name).observe(len(completion.token_ids))
