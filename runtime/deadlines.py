@@ -31,8 +31,8 @@ def refusal(request: Request, cached: int, ahead: Iterable[Part], costs: Costs, 
     queue_s = sum(_prompt_s(part, costs, chunk) for part in ahead)
     if alone_s + queue_s > given_s:
         return DeadlineError(
-            f"deadline_s {given_s:g} is over before the first token: prompts before it take {queue_s:.3g} s and its own "
-            f"{alone_s:.3g} s at best; try again later, or allow more time",
+            f"deadline_s {given_s:g} is over before the first token: prompts before it take {queue_s:.3g} s and its "
+            f"own {alone_s:.3g} s at best; try again later, or allow more time",
             retry_s=alone_s + queue_s - given_s,
         )
     return None

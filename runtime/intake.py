@@ -35,7 +35,7 @@ def resolve_limits(limits: EngineLimits, device: DeviceLimits) -> tuple[Budget, 
             raise RequestError(f"{name} {most} is below 1; give 1 or more, or leave it out")
     if limits.max_stretch is not None and not 1 < limits.max_stretch <= _MOST_STRETCH:
         raise RequestError(
-            f"max_stretch {limits.max_stretch:g} is not above 1 and at most {_MOST_STRETCH:g}; change it, or leave it out"
+            f"max_stretch {limits.max_stretch:g} is not from above 1 to {_MOST_STRETCH:g}; change it or leave it out"
         )
     chunk = tokens if limits.max_chunk is None else min(limits.max_chunk, tokens)
     if chunk < 1:

@@ -79,7 +79,8 @@ class Request:
     """One submitted prompt. Times in seconds of the engine's clock.
 
     prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
-    arrival: unique, in order of submission. tenant: on whose behalf, for fairness. cached_tokens: of the prompt, taken from the cache when it started.
+    arrival: unique, in order of submission. tenant: on whose behalf, for fairness.
+    cached_tokens: of the prompt, taken from the cache when it started.
     refusal: why it ended before it was queued, if it did. decided: called once it is queued, or was refused; on the
     engine's thread, must not raise.
     events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.

@@ -1,9 +1,9 @@
 """What steps take on the machine at hand, learnt from those that ran.
 
-Steps that only decode are fitted by a constant, the sequences and the keys that they attend to. What prompts add to a step is
-fitted by their tokens and those tokens' keys alone, without a constant: whatever a step with prompts costs in itself counts as the
-tokens' own, so that more tokens than were seen are expected to take too long rather than too short. Fits weigh errors
-by the time of the step, forget old steps of their own kind, and have no negative coefficients.
+Steps that only decode are fitted by a constant, the sequences and the keys that they attend to. What prompts add to a
+step is fitted by their tokens and those tokens' keys alone, without a constant: whatever a step with prompts costs in
+itself counts as the tokens' own, so that more tokens than were seen are expected to take too long rather than too
+short. Fits weigh errors by the time of the step, forget old steps of their own kind, and have no negative coefficients.
 
 The times say when things are computed, and never what: tokens are the same whatever is learnt here.
 """
@@ -15,8 +15,8 @@ import numpy as np
 from tilewright.runtime.types import Work
 
 _MEMORY = 0.99  # of a step's weight is left after the next of its kind: about the last hundred count
-# Of a step with prompts, so much at least is theirs: a wrong guess of the rest must not make them look free, which would
-# let the next step have any number of them.
+# Of a step with prompts, so much at least is theirs: a wrong guess of the rest must not make them look free,
+# which would let the next step have any number of them.
 _LEAST_PART = 0.2
 _RIDGE = 1e-5
 _SWEEPS = 8

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Of EngineLimits.max_stretch. Below 2 leaves room for what predictions miss, so that the 99th percentile between tokens
 # at most doubles. On GPUs it has not been measured, and is off unless asked for.
-_CPU_STRETCH = 1.75
+CPU_STRETCH = 1.75
 
 _NAMED = re.compile(r"([^=/\\]{1,256})=(.+)")  # NAME=MODEL
 
@@ -89,7 +89,7 @@ def open_served(
 
 def _stretch(given: float | None, gpu: bool) -> float | None:
     if given is None:
-        return None if gpu else _CPU_STRETCH
+        return None if gpu else CPU_STRETCH
     return given or None
 
 

@@ -3,7 +3,8 @@
 SIGTERM or SIGINT drains: /ready turns red, new requests get 503, those that run may finish until the grace is over and
 are then cut with finish_reason "length" and stop_reason "shutdown"; the process ends with 0. A second signal cuts at
 once. An engine that fails turns /health red, ends its streams with an error event, and the process with 1: whoever
-started it starts it again. Models that may be opened again (restarts.py) get a new engine instead, a few times a minute.
+started it starts it again. Models that may be opened again (restarts.py) get a new engine instead,
+a few times a minute.
 """
 
 import asyncio

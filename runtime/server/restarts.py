@@ -1,4 +1,4 @@
-"""A dead engine's successor in the same process: for models on a CPU, where an engine's failure leaves the process whole.
+"""A dead engine's successor in the same process: for models on a CPU, where a failure leaves the process whole.
 
 On a GPU the error may have taken the CUDA context with it, and no new engine can be made in that process: there a
 supervisor starts another one. Restarts are limited, since what fails again and again is not mended by them.

@@ -56,8 +56,8 @@ def command(
         float | None,
         typer.Option(
             min=0,
-            help="Prompts make steps of running streams at most so many times longer; 0 is no limit. By default 1.75 on a "
-            "CPU and 0 on a GPU.",
+            help="Prompts make steps of running streams at most so many times longer; 0 is no limit. By default 1.75 on "
+            "a CPU and 0 on a GPU.",
         ),
     ] = None,
     restart: Annotated[
@@ -112,7 +112,9 @@ def command(
     )
     with bound, logging_to(log_file):
         served = open_served(models, threads, engine_limits, restart)
-        service = Service.of(served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix, tracer=tracer)
+        service = Service.of(
+            served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix, tracer=tracer
+        )
         server = lifecycle.Server(create_app(service, cors_origin or ()), service, bound, tls)
         where = f"{'https' if tls else 'http'}://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
         log("serving", url=where, models=[each.name for each in served], keys=not keys.open)

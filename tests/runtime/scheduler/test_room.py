@@ -1,4 +1,4 @@
-"""Prompts beside running streams: what a step may take, what is learnt of steps, and deadlines, on the virtual clock."""
+"""Prompts beside running streams: what a step may take, what is learnt of steps, and deadlines, on a virtual clock."""
 
 from dataclasses import dataclass, replace
 
