@@ -42,7 +42,16 @@ PREFIX_WARM = Case("prefix-warm", "the same, with what an earlier request left",
 CHATS_ENGINE = Case("chats-engine", "64 chats of 64 tokens by Engine.generate", "tokens/s", higher=True)
 CHATS_HTTP = Case("chats-http", "the same by HTTP", "tokens/s", higher=True)
 
-SERVING_CASES = {c.name: c for c in (HTTP_OVERHEAD, PREFIX_COLD, PREFIX_WARM, CHATS_ENGINE, CHATS_HTTP)}
+LONG_PROMPT = Case(
+    "long-prompt-p99",
+    "p99 between tokens of 4 streams: with a prompt of 4096 tokens arriving / without",
+    "×",
+)
+LONG_PROMPT_FIRST = Case("long-prompt-first", "first token of that prompt beside the streams", "ms")
+SERVING_CASES = {
+    c.name: c
+    for c in (HTTP_OVERHEAD, PREFIX_COLD, PREFIX_WARM, CHATS_ENGINE, CHATS_HTTP, LONG_PROMPT, LONG_PROMPT_FIRST)
+}
 
 CPU_CASES = {
     c.name: c

@@ -53,6 +53,12 @@ def run(args: argparse.Namespace) -> None:
             cold, warm = prefix_ms(model, args.rounds)
             results.add("prefix-cold", "tilewright", cold)
             results.add("prefix-warm", "tilewright", warm)
+        if wanted & {"long-prompt-p99", "long-prompt-first"}:
+            import long_prompt
+
+            ratios, first_ms, facts = long_prompt.measure(model, args.rounds)
+            results.add("long-prompt-p99", "tilewright", ratios, **facts)
+            results.add("long-prompt-first", "tilewright", first_ms, **facts)
         if wanted & {"chats-engine", "chats-http"}:
             engine, http = chats(model)
             results.add("chats-engine", "tilewright", engine)

@@ -33,6 +33,14 @@ class ContextLengthError(RequestError):
     """Prompt and answer are longer than what the model reads at once."""
 
 
+class DeadlineError(RequestError):
+    """A request's deadline can't be met. retry_s: after how many seconds it may be; None where it never can."""
+
+    def __init__(self, message: str, retry_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
 class GrammarError(RequestError):
     """An answer's form is not understood, or not supported."""
 

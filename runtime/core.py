@@ -7,6 +7,7 @@ out to have ended leaves a row in the step after, whose draw is dropped.
 It knows no text, no threads and no clock but the one it is given, so tests and simulations turn it by hand.
 """
 
+import math
 import threading
 import time
 from bisect import insort
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.batch import BatchBuilder
+from tilewright.runtime.deadlines import refusal
 from tilewright.runtime.embedding import Embedder
 from tilewright.runtime.kv_cache import PagePool, pages_for
 from tilewright.runtime.prefix_tree import PrefixTree
 from tilewright.runtime.request import Request, Sample
+from tilewright.runtime.scheduler.counters import VirtualCounters
 from tilewright.runtime.scheduler.policy import Budget, Plan, Policy, View
-from tilewright.runtime.types import Costs, EngineError, Executor, FinishReason, StepResult, TokenLogprob
+from tilewright.runtime.types import Costs, EngineError, Executor, FinishReason, StepResult, TokenLogprob, Work
 
 Clock = Callable[[], float]
 
@@ -71,6 +74,7 @@ class Flight:
     rows: list[Sample]
     places: list[int]
     members: set[Sample]
+    work: Work
     launched_s: float
     leaving: list[Sample] = field(default_factory=list)
     landed: bool = False
@@ -101,6 +105,8 @@ class EngineCore:
         self.pool = PagePool(limits.num_pages, limits.page_size, kept)
         self._builder = BatchBuilder(limits.page_size, limits.max_context)
         self.embedder = Embedder(self.executor, self.budget, self.pool, self._builder)
+        self._counters = VirtualCounters()
+        self._landed_s = -math.inf  # the last step
         self._flights: deque[Flight] = deque()
         self._inbox: deque[tuple[str, Request]] = deque()
         self._door = threading.Lock()  # nobody slips in while the core dies
@@ -179,12 +185,28 @@ class EngineCore:
             if kind == "cancel":
                 self._finish(request, "cancelled")
             elif not request.finished:
-                waiting = self.embedder.waiting if request.embeds else self.waiting
-                insort(waiting, request.samples[0], key=_rank)
+                if request.embeds:
+                    insort(self.embedder.waiting, request.samples[0], key=_rank)
+                    request.decide()
+                else:
+                    self._take_in(request)
         now_s = self.clock()
         for request in self._requests():
             if request.deadline_s <= now_s:
                 self._finish(request, "deadline")
+
+    def _take_in(self, request: Request) -> None:
+        """Queues a request, or refuses it."""
+        if self.costs is not None:
+            running = [(sample.computed, sample.request.prompt_tokens) for sample in self.running]
+            cached = len(self._cached(request.samples[0])) * self.pool.page_size
+            request.refusal = refusal(request, cached, running, self.costs, self.budget)
+        if request.refusal is not None:
+            self._finish(request, "deadline")
+        else:
+            self._counters.arrive(request.tenant, (sample.tenant for sample in self.waiting))
+            insort(self.waiting, request.samples[0], key=_rank)
+        request.decide()
 
     def _schedule(self) -> Plan[Sample] | None:
         """The next step, its samples on the list of those that run. None where the last one must be processed first."""
@@ -217,7 +239,10 @@ class EngineCore:
                 waiting = [sample for sample in waiting if sample.rank < others[0].rank]
         if not (waiting or self.running):
             return None
-        view = View(waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs, self._cached)
+        view = View(
+            waiting, self.running, self.pool.ledger(), self.budget, self.clock(), self.costs, self._cached,
+            self._counters.served,
+        )  # fmt: skip
         return self.policy.plan(view)
 
     def _cached(self, sample: Sample) -> list[int]:
@@ -234,6 +259,7 @@ class EngineCore:
             sample.request.cached_tokens = sample.computed
             self.stats.prefix_queries += sample.request.prompt_tokens
             self.stats.prefix_hits += sample.computed
+            self._counters.admit(sample.tenant, sample.length - sample.computed)
         sample.request.start(self.clock())
 
     def _launch(self, plan: Plan[Sample]) -> None:
@@ -256,7 +282,8 @@ class EngineCore:
         for leader in [sample for sample in rows if sample.width > 1]:
             self._part(leader)
         places = [sample.draw(row) for row, sample in enumerate(rows)]
-        flight = Flight(pending, rows, places, {*rows, *(sample for sample, _ in plan.chunks)}, launched_s)
+        members = {*rows, *(sample for sample, _ in plan.chunks)}
+        flight = Flight(pending, rows, places, members, Work.of(batch), launched_s)
         self._flights.append(flight)
         for sample in rows:
             if sample.drawn == sample.request.max_tokens:  # sure to end
@@ -301,6 +328,9 @@ class EngineCore:
     def _hand_out(self, flight: Flight, result: StepResult) -> None:
         now_s = self.clock()
         self.stats.step_s += now_s - flight.launched_s
+        if self.costs is not None:
+            self.costs.observe(flight.work, now_s - max(flight.launched_s, self._landed_s))
+        self._landed_s = now_s
         tokens, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
         for row, (sample, place) in enumerate(zip(flight.rows, flight.places, strict=True)):
             if sample.output.completion:  # it ended while the step ran
@@ -313,6 +343,7 @@ class EngineCore:
                 self._retire(sample)
             sample.request.events(sample.request, event)
             self.stats.drawn += 1
+            self._counters.answer(sample.tenant, 1)
 
     def _part(self, leader: Sample) -> None:
         """The prompt is in the cache: every other sample gets a table over the same pages, and runs on its own."""
@@ -373,6 +404,7 @@ class EngineCore:
                 self._retire(sample)
                 request.events(request, sample.output.end(reason))
         request.leave_queue()
+        request.decide()
 
     def _retire(self, sample: Sample) -> None:
         """Takes a sample off the lists and frees its pages, which wait for a step in flight that uses them."""

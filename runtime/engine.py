@@ -10,21 +10,23 @@ The work is done by a core (runtime/core.py) on a thread of the engine's own; ca
 
 import asyncio
 import queue
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from tilewright.compiler.errors import QueueFullError, RequestError
+from tilewright.compiler.errors import RequestError
 from tilewright.runtime.core import Clock, EngineCore, Load, Stats
 from tilewright.runtime.event_stream import EventStream
 from tilewright.runtime.intake import Intake, Prompt, resolve_limits
+from tilewright.runtime.queue_room import QueueRoom
 from tilewright.runtime.request import Request
-from tilewright.runtime.scheduler.fcfs import FCFS
+from tilewright.runtime.scheduler.fair import FairShare
 from tilewright.runtime.scheduler.policy import Policy
 from tilewright.runtime.serving_thread import LoopPost, ServingThread
+from tilewright.runtime.step_costs import StepCosts
 from tilewright.runtime.types import (
     Completion,
     Costs,
@@ -58,7 +60,9 @@ class Engine:
         self.vocab_size = model.limits.vocab_size
         self.pooling = model.limits.pooling  # of embeddings; None where the model gives none
         self.dimensions = model.limits.hidden  # of an embedding
-        self._core = EngineCore(model, budget, policy or FCFS(), costs, clock, self.limits.keep_prefixes)
+        self._core = EngineCore(
+            model, budget, policy or FairShare(), costs or StepCosts(), clock, self.limits.keep_prefixes
+        )
         self._intake = Intake(
             model.limits,
             budget,
@@ -69,7 +73,7 @@ class Engine:
             max_answer=self.limits.max_answer,
         )
         self._thread = ServingThread(self._core)
-        self._queue = threading.Semaphore(self.limits.max_queue)
+        self._queue = QueueRoom(self.limits.max_queue)
         self._posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPost] = weakref.WeakKeyDictionary()
         self._finalizer = weakref.finalize(self, self._thread.stop)
 
@@ -136,13 +140,16 @@ class Engine:
         finally:
             events.cancel()
 
-    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
-        """A checked request that is not submitted yet. Encoding a long prompt takes a while: not on event loops."""
-        return self._intake.request(prompt, params or SamplingParams())
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, tenant: str = "") -> Request:
+        """A checked request that is not submitted yet. Encoding a long prompt takes a while: not on event loops.
 
-    def embedding(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        tenant: on whose behalf. While requests wait, places go to the tenant that was served least.
+        """
+        return self._intake.request(prompt, params or SamplingParams(), tenant)
+
+    def embedding(self, prompt: Prompt, params: SamplingParams | None = None, tenant: str = "") -> Request:
         """A request for a prompt's pooled hidden states, not submitted yet. params: deadline_s and priority count."""
-        return self._intake.embedding(prompt, params or SamplingParams())
+        return self._intake.embedding(prompt, params or SamplingParams(), tenant)
 
     def open(self, requests: Sequence[Request]) -> EventStream:
         """Submits requests, all or none, and brings their events to the running event loop.
@@ -153,6 +160,7 @@ class Engine:
         events = EventStream(requests, self._posts.setdefault(loop, LoopPost(loop)), self._cancel, self._checked)
         try:
             for place, request in enumerate(requests):
+                request.decided = events.decision
                 self._submit(request, events.listener(place))
         except BaseException:
             events.cancel()
@@ -194,11 +202,8 @@ class Engine:
 
     def _submit(self, request: Request, events: Callable[[Request, StreamEvent], None], wait: bool = False) -> None:
         """Queues a request. Where the queue is full: waits, or raises QueueFullError."""
-        if not self._queue.acquire(blocking=wait):
-            raise QueueFullError(
-                f"{self.limits.max_queue} requests are waiting, the most that max_queue allows; try again later"
-            )
-        request.events, request.release = events, self._queue.release
+        self._queue.enter(request.tenant, wait)
+        request.events, request.release = events, partial(self._queue.leave, request.tenant)
         try:
             self._core.submit(request)
         except EngineError:

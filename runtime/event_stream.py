@@ -26,7 +26,12 @@ class EventStream:
         self._post = post
         self._cancel_requests, self._checked = cancel_requests, checked
         self._events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
+        self._decisions: asyncio.Queue[None] = asyncio.Queue()
         self._unfinished = sum(len(request.samples) for request in requests)
+
+    def decision(self) -> None:
+        """Takes, on the engine's thread, that a request is queued or refused."""
+        self._post.put(self._decisions, None)
 
     def listener(self, place: int) -> Callable[[Request, StreamEvent], None]:
         """Takes the events of the request at `place` on the engine's thread. An event loop that is gone cancels it."""
@@ -36,6 +41,14 @@ class EventStream:
                 self._cancel_requests([request])
 
         return deliver
+
+    async def decided(self) -> None:
+        """Waits until every request is queued. Raises DeadlineError where one was refused instead."""
+        for _ in self.requests:
+            await self._decisions.get()
+        for request in self.requests:
+            if request.refusal is not None:
+                raise request.refusal
 
     def cancel(self) -> None:
         """Ends what is unfinished; the events that say so still come."""

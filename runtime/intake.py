@@ -13,6 +13,8 @@ from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.policy import Budget
 from tilewright.runtime.types import DeviceLimits, EngineLimits, SamplingParams, TextCodec
 
+_MOST_STRETCH = 1e6
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
 
@@ -31,10 +33,14 @@ def resolve_limits(limits: EngineLimits, device: DeviceLimits) -> tuple[Budget, 
         most = getattr(limits, name)
         if most is not None and most < 1:
             raise RequestError(f"{name} {most} is below 1; give 1 or more, or leave it out")
+    if limits.max_stretch is not None and not 1 < limits.max_stretch <= _MOST_STRETCH:
+        raise RequestError(
+            f"max_stretch {limits.max_stretch:g} is not from above 1 to {_MOST_STRETCH:g}; change it or leave it out"
+        )
     chunk = tokens if limits.max_chunk is None else min(limits.max_chunk, tokens)
     if chunk < 1:
         raise RequestError(f"max_chunk {limits.max_chunk} is below 1; give 1 or more, or leave it out")
-    return Budget(batch, tokens, chunk), min(context, device.num_pages * device.page_size)
+    return Budget(batch, tokens, chunk, limits.max_stretch), min(context, device.num_pages * device.page_size)
 
 
 def _within(name: str, asked: int | None, device: int) -> int:
@@ -67,7 +73,7 @@ class Intake:
         self._max_prompt, self._max_answer = max_prompt or capacity, max_answer or capacity
         self._arrivals = itertools.count()
 
-    def request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def request(self, prompt: Prompt, params: SamplingParams, tenant: str = "") -> Request:
         """A request that fits the device on its own. RequestError says what doesn't."""
         tokens = self._tokens(prompt)
         stop_ids = self._stop_ids(params)
@@ -79,6 +85,7 @@ class Intake:
             stop_ids=stop_ids,
             max_tokens=self._max_tokens(len(tokens), params),
             arrival=next(self._arrivals),
+            tenant=tenant,
             load_s=self._load_s,
         )
         streams = (self._tokenizer.detokenizer() if self._tokenizer else None for _ in range(params.n))
@@ -86,7 +93,7 @@ class Intake:
         self._constrain(request)
         return request
 
-    def embedding(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def embedding(self, prompt: Prompt, params: SamplingParams, tenant: str = "") -> Request:
         """A request for the pooled hidden states of a prompt. params: of which deadline_s and priority count."""
         if self._device.pooling is None:
             raise RequestError("this artifact gives no embeddings; compile the model again with this version")
@@ -95,7 +102,7 @@ class Intake:
         if len(tokens) > most:
             raise ContextLengthError(f"the text of {len(tokens)} tokens is above {most}, the most at once; shorten it")
         arrival = next(self._arrivals)
-        request = Request(tokens, params, 0, frozenset(), 0, arrival, self._load_s, embeds=True)
+        request = Request(tokens, params, 0, frozenset(), 0, arrival, tenant, self._load_s, embeds=True)
         request.samples = [Sample(request, 0, None)]
         return request
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from tilewright.compiler.artifact import TOKENIZER, Artifact
 from tilewright.compiler.errors import RequestError, TargetError
+from tilewright.runtime.step_floor import floor_of
 from tilewright.runtime.tokenizer import Tokenizer
-from tilewright.runtime.types import StepBatch, StepResult, Swap
+from tilewright.runtime.types import StepBatch, StepResult, Swap, Work
 
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -64,6 +65,11 @@ class Model:
     def step(self, batch: StepBatch) -> StepResult:
         """Launches a step and waits for it."""
         return self.collect(self.launch(batch))
+
+    @property
+    def floor(self) -> Callable[[Work], float] | None:
+        """The least seconds of a step here, where they are known."""
+        return floor_of(self.artifact)
 
     # ---- whole sequences ---------------------------------------------------------------------------------------------
 

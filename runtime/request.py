@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.compiler.errors import DeadlineError
 from tilewright.runtime.grammar import Constraint
 from tilewright.runtime.kv_cache import PageTable
 from tilewright.runtime.output import Output
@@ -78,8 +79,11 @@ class Request:
     """One submitted prompt. Times in seconds of the engine's clock.
 
     prompt: int32[prompt_tokens]. stop_ids: tokens that end a sample. max_tokens: resolved, never None.
-    arrival: unique, in order of submission. cached_tokens: of the prompt, taken from the cache when it started.
+    arrival: unique, in order of submission. tenant: on whose behalf, for fairness.
+    cached_tokens: of the prompt, taken from the cache when it started.
     embeds: the hidden states of the prompt are wanted, pooled, and no answer (max_tokens 0).
+    refusal: why it ended before it was queued, if it did. decided: called once it is queued, or was refused; on the
+    engine's thread, must not raise.
     events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.
     """
 
@@ -89,11 +93,14 @@ class Request:
     stop_ids: frozenset[int]
     max_tokens: int
     arrival: int
+    tenant: str = ""
     load_s: float = 0.0
     submitted_s: float = 0.0
     started_s: float | None = None
     cached_tokens: int = 0
     embeds: bool = False
+    refusal: DeadlineError | None = None
+    decided: Callable[[], None] | None = None
     events: Callable[["Request", StreamEvent], None] = _ignore
     release: Callable[[], None] | None = None
     samples: list["Sample"] = field(default_factory=list)
@@ -125,6 +132,11 @@ class Request:
         if self.started_s is None:
             self.started_s = now_s
             self.leave_queue()
+
+    def decide(self) -> None:
+        decided, self.decided = self.decided, None
+        if decided is not None:
+            decided()
 
     def leave_queue(self) -> None:
         release, self.release = self.release, None
@@ -176,6 +188,14 @@ class Sample:
         self.biases = request.biases
         self.early_biases = request.early_biases if params.min_tokens else self.biases
         self.output = Output(request, index, stream)
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def begun(self) -> bool:
+        return self.request.started_s is not None
 
     @property
     def length(self) -> int:

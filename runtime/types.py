@@ -146,7 +146,9 @@ class EngineLimits:
     max_chunk: prompt tokens of one sequence a step. max_queue: requests that wait for their first step. max_prompt,
     max_answer: tokens of one prompt, of one sample's answer. keep_prefixes: requests that begin alike share what is
     computed of it, as long as there are pages; results are the same. Off unless asked for, so that what is timed or
-    compared is computed.
+    compared is computed. max_stretch: beside sequences that decode, so much of prompts is computed in a step that it
+    takes at most so many times what it would without; None lets prompts have whole steps. max_queue: where several
+    tenants wait, one that has less than its part of the queue may still enter a full one.
     """
 
     max_batch: int | None = None
@@ -157,6 +159,7 @@ class EngineLimits:
     max_prompt: int | None = None
     max_answer: int | None = None
     keep_prefixes: bool = False
+    max_stretch: float | None = None
 
 
 # -- what the device takes and gives -----------------------------------------------------------------------------------
@@ -278,10 +281,42 @@ class Swap(Protocol):
         """Forgets what was moved out."""
 
 
-class Costs(Protocol):
-    """Predicted time of a step, for policies that look ahead and for clocks that only pretend."""
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, as far as its time depends on it. decodes: generated tokens, and keys that they attend to.
+    prompt_tokens, and pairs of such a token and a key that it attends to. As if no layer had a window."""
 
-    def step_s(self, tokens: int, sequences: int, kv_tokens: int) -> float: ...
+    decodes: int
+    keys: int = 0
+    prompt_tokens: int = 0
+    pairs: int = 0
+
+    @staticmethod
+    def of(batch: StepBatch) -> "Work":
+        tokens, kv_len, prompts = np.diff(batch.indptr).astype(np.int64), batch.kv_len, batch.phases == 0
+        generated = int(tokens[~prompts].sum()), int(kv_len[~prompts].sum())
+        if not prompts.any():
+            return Work(*generated)
+        pairs = tokens * kv_len - tokens * (tokens - 1) // 2
+        return Work(*generated, int(tokens[prompts].sum()), int(pairs[prompts].sum()))
+
+    def with_prompt(self, stored: int, tokens: int) -> "Work":
+        """This, and `tokens` more of a prompt of which `stored` tokens are in the cache."""
+        pairs = tokens * stored + tokens * (tokens + 1) // 2
+        return Work(self.decodes, self.keys, self.prompt_tokens + tokens, self.pairs + pairs)
+
+
+class Costs(Protocol):
+    """Times of steps: to plan by, and for clocks that only pretend. Seconds."""
+
+    def step_s(self, work: Work) -> float | None:
+        """What a step is expected to take; None while nothing is known."""
+
+    def least_s(self, work: Work) -> float:
+        """What no step of such work is likely to stay below; 0 while nothing is known."""
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """Notes what a step took."""
 
 
 class ServedModel(Executor, Protocol):

@@ -195,3 +195,17 @@ def test_serve_says_what_the_engine_says_and_outlives_its_files(artifact, tmp_pa
         assert answer.usage.completion_tokens == len(expected.token_ids)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+@pytest.mark.alone
+def test_a_server_that_was_killed_serves_again_within_three_seconds(artifact):
+    """kill -9 leaves no lock and no file behind that the next process would wait for."""
+    arguments = (f"small={artifact}", "--threads", "2")
+    with serving(*arguments, program=("-m", "tilewright")) as first, client(first) as ask:
+        ask.chat.completions.create(model="small", messages=[{"role": "user", "content": QUESTION}], max_tokens=2)
+        first.kill()
+        first.wait(10)
+    begun = time.perf_counter()
+    with serving(*arguments, program=("-m", "tilewright")) as second, client(second) as ask:
+        ask.chat.completions.create(model="small", messages=[{"role": "user", "content": QUESTION}], max_tokens=2)
+        assert time.perf_counter() - begun < 3

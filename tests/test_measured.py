@@ -245,7 +245,7 @@ def test_bench_takes_the_gpus_memory_not_the_hosts(run, tmp_path, monkeypatch, n
 
 
 def test_the_tighter_ceiling_counts() -> None:
-    from tilewright.summary import Rates
+    from tilewright.runtime.step_floor import Rates
 
     rates = Rates(1000.0, 100.0, "here")
     assert rates.us(10**6) == pytest.approx(1.0)

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilewright.compiler import env
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from tilewright.runtime.model import Model
     from tilewright.runtime.server.served import Served
     from tilewright.runtime.types import EngineLimits
+
+# Of EngineLimits.max_stretch. Below 2 leaves room for what predictions miss, so that the 99th percentile between tokens
+# at most doubles: on a virtual clock it does, and bench/long_prompt.py measures it. Off on GPUs unless asked for.
+CPU_STRETCH = 1.75
 
 _NAMED = re.compile(r"([^=/\\]{1,256})=(.+)")  # NAME=MODEL
 
@@ -41,23 +46,51 @@ def open_session(model: str, threads: int | None = None, limits: "EngineLimits |
         engine.close()
 
 
-def open_served(models: Sequence[str], threads: int | None, limits: "EngineLimits") -> "list[Served]":
-    """Loads each of `models`, as MODEL or NAME=MODEL, with an engine around it that lives as long as the process."""
+def open_served(
+    models: Sequence[str], threads: int | None, limits: "EngineLimits", restart: bool = False
+) -> "list[Served]":
+    """Loads each of `models`, as MODEL or NAME=MODEL, with an engine around it that lives as long as the process.
+
+    limits.max_stretch: None is what suits the device, 0 is none. restart: models may be opened again when their engine
+    is dead. Raises RequestError where that can't be done.
+    """
     from tilewright.cache import artifact_path
     from tilewright.runtime.engine import Engine
     from tilewright.runtime.model import load
     from tilewright.runtime.server.served import Served
+    from tilewright.runtime.step_costs import StepCosts
 
     served = []
     for each in models:
         named = _NAMED.fullmatch(each)
         name, model = named.groups() if named else (None, each)
-        loaded = load(artifact_path(model), threads=_threads(threads))
+        path = artifact_path(model)
+        loaded = load(path, threads=_threads(threads))
         tokenizer = loaded.tokenizer  # read now: the files may be replaced while the server runs
         if tokenizer is None:
             raise RequestError(f"{model} has no tokenizer, and a server speaks text; compile a source that has one")
-        served.append(Served(name or loaded.manifest.name, Engine(loaded, limits), tokenizer))
+        if restart and loaded.runs_ahead:
+            raise RequestError(
+                f"--restart can't restart {model}, which runs on a GPU: its context may be lost with the engine; leave "
+                "--restart out, and let a supervisor start the process again"
+            )
+        own = replace(limits, max_stretch=_stretch(limits.max_stretch, loaded.runs_ahead))
+
+        def reopen(path: Path = path, own: "EngineLimits" = own, manifest: object = loaded.manifest) -> Engine:
+            again = load(path, threads=_threads(threads))
+            if again.manifest != manifest:
+                raise RequestError(f"{path} was replaced since it was loaded; start the server anew")
+            return Engine(again, own, costs=StepCosts(again.floor))
+
+        engine = Engine(loaded, own, costs=StepCosts(loaded.floor))
+        served.append(Served(name or loaded.manifest.name, engine, tokenizer, reopen if restart else None))
     return served
+
+
+def _stretch(given: float | None, gpu: bool) -> float | None:
+    if given is None:
+        return None if gpu else CPU_STRETCH
+    return given or None
 
 
 def _threads(given: int | None) -> int:

@@ -1,68 +1,14 @@
 """An artifact as tables: what it is, its kernels with tile and floor, its memory plan."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from tilewright import console
-from tilewright.compiler.artifact import COSTS, Artifact, Manifest
-from tilewright.compiler.targets import measured_here, target_of
-
-
-@dataclass(frozen=True)
-class StepFloor:
-    """The least traffic and work of a step: bytes whatever it holds, bytes and operations for each row of it."""
-
-    bytes_fixed: int
-    bytes_per_row: int
-    flops_per_row: int
-
-    def bytes(self, rows: int = 1) -> int:
-        return self.bytes_fixed + rows * self.bytes_per_row
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The ceilings that turn floors into time: GB/s read, and 10^12 operations a second where known. source: whose."""
-
-    bandwidth_gbs: float
-    matrix_tops: float | None
-    source: str
-
-    def us(self, count_bytes: float, operations: float = 0) -> float:
-        """The least time of a call that moves so many bytes and computes so much."""
-        computing = operations / (self.matrix_tops * 1e6) if self.matrix_tops else 0.0
-        return max(count_bytes / (self.bandwidth_gbs * 1e3), computing)
-
-    def __str__(self) -> str:
-        rates = [f"{self.bandwidth_gbs:.4g} GB/s"]
-        if self.matrix_tops:
-            rates.append(f"{self.matrix_tops:.4g} TFLOP/s")
-        return f"{' and '.join(rates)}, {self.source}"
-
-
-def rates_of(manifest: Manifest) -> Rates | None:
-    """What was measured here, where this is a machine for the artifact, else what its target's record says; None where
-    neither is known. Raises TargetError where the measured figures are damaged."""
-    target = target_of(manifest.target)
-    found = measured_here(target)
-    if found is not None:
-        here = found.of(target)
-        return Rates(found.ceilings.bandwidth_gbs, here.matrix_tops, f"measured here on {found.date}")
-    if target.bandwidth_gbs is None:
-        return None
-    return Rates(target.bandwidth_gbs, target.matrix_tops, f"the record of {target.name}")
-
-
-def decode_floor(artifact: Artifact) -> StepFloor:
-    """The floor of the smallest step, which decodes one token."""
-    costs = json.loads((artifact.path / COSTS).read_text())
-    smallest = min(artifact.manifest.buckets, key=lambda bucket: bucket.tokens)
-    return StepFloor(**costs[smallest.function]["floor"])
+from tilewright.compiler.artifact import Artifact, Manifest
+from tilewright.runtime.step_floor import Rates, decode_floor, rates_of
 
 
 def show_summary(artifact: Artifact, elapsed_s: float) -> None:

@@ -15,9 +15,9 @@ from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.errors import UserError
 from tilewright.compiler.targets import host
 from tilewright.measure import read_bandwidth_gbs
+from tilewright.runtime.step_floor import decode_floor, rates_of
 from tilewright.runtime.types import Completion, SamplingParams
 from tilewright.session import Session
-from tilewright.summary import decode_floor, rates_of
 
 PROMPTS = (32, 128, 512, 2048)  # tokens, for latency
 STREAMS = (1, 2, 4, 8, 16)  # for throughput

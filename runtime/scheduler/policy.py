@@ -4,8 +4,8 @@ It sees views and returns a plan; it changes nothing, reads no clock and remembe
 before a device, before a fake one with a virtual clock, and in a search over policies.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from tilewright.runtime.kv_cache import PageLedger, PageTable
@@ -34,17 +34,27 @@ class Candidate(Protocol):
     @property
     def table(self) -> PageTable: ...
 
+    @property
+    def tenant(self) -> str:
+        """On whose behalf it runs. Opaque."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether it ran before: one that waits was preempted."""
+
 
 C = TypeVar("C", bound=Candidate)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The engine's limits, resolved against the device's. max_batch: sequences, and rows, a step."""
+    """The engine's limits, resolved against the device's. max_batch: sequences, and rows, a step. max_stretch: how many
+    times longer prompts may make a step in which others decode (EngineLimits)."""
 
     max_batch: int
     max_tokens: int
     max_chunk: int
+    max_stretch: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class View(Generic[C]):
 
     cached: the pages that are kept of a waiting one's beginning; its table may start with them. They are full, and at
     least one token is left to compute.
+    served: by tenant, what it was served so far, weighted, in tokens (scheduler/counters.py); 0 where it is missing.
+    costs: what steps take.
     ledger: a scratch copy of the page accounts, made for this view; booking in it changes nothing else.
     """
 
@@ -63,6 +75,7 @@ class View(Generic[C]):
     now_s: float
     costs: Costs | None = None
     cached: Callable[[C], Sequence[int]] = lambda _: ()
+    served: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

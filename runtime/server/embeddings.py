@@ -39,7 +39,7 @@ async def embeddings(http: HttpRequest) -> Response:
         left_s = end_s - time.monotonic()
         for request in some:
             request.params = replace(params, deadline_s=max(left_s, _LEAST_S))
-        async with submit(service, http, served, some) as generation:
+        async with await submit(service, http, served, some) as generation:
             vectors += [_vector(done) for done in await generation.completions()]
     tokens = sum(request.prompt_tokens for request in requests)
     form = _base64 if body.encoding_format == "base64" else _numbers

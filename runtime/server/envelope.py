@@ -15,6 +15,7 @@ from tilewright.runtime.server.errors import ApiError, as_api_error
 from tilewright.runtime.server.keys import Key
 from tilewright.runtime.server.logs import log
 from tilewright.runtime.server.service import Service
+from tilewright.runtime.server.tracing import OPERATIONS
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
@@ -86,6 +87,11 @@ class Envelope:
     def _note(self, scope: Scope, identity: str, call: Call | None, status: int, took_s: float) -> None:
         path = scope["path"] if scope["path"] in self._paths else "other"  # a label has few values
         self._service.metrics.http.labels(path, str(status)).inc()
+        tracer = self._service.tracer
+        if tracer is not None and path in OPERATIONS:
+            now_ns = time.time_ns()
+            parent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+            tracer.record(path, status, parent, now_ns - int(took_s * 1e9), now_ns, call.notes if call else {})
         if scope["path"] in self._open_paths and status == 200:
             return  # probes come every few seconds
         notes = {} if call is None else {"key": call.key.name, **call.notes}

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from tilewright.compiler.errors import ContextLengthError, GrammarError, QueueFullError, UserError
+from tilewright.compiler.errors import ContextLengthError, DeadlineError, GrammarError, QueueFullError, UserError
 from tilewright.runtime.server.answers import ErrorAnswer
 from tilewright.runtime.server.requests import Body
 from tilewright.runtime.types import EngineError
@@ -72,6 +72,12 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, GrammarError):
         return ApiError(400, str(error), code="unsupported_grammar")
+    if isinstance(error, DeadlineError):
+        return (
+            ApiError(400, str(error), code="deadline_too_short", param="deadline_s")
+            if error.retry_s is None
+            else too_many(str(error), error.retry_s, "deadline_too_short")
+        )
     if isinstance(error, QueueFullError):
         return too_many(str(error), 1, "queue_full")
     if isinstance(error, UserError):

@@ -127,6 +127,7 @@ class Generation:
             self._last_s[choice] = now_s
         if (completion := event.completion) is not None:
             reason, more = self.reasons(choice, completion)
+            self._call.notes.setdefault("finish_reasons", []).append(more or reason)
             metrics, name = self._service.metrics, self.served.name
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
             if completion.embedding is None:
@@ -147,7 +148,7 @@ async def start(
 ) -> Generation:
     """Checks and submits a request for each prompt. Raises ApiError, RequestError, EngineError."""
     requests = await admit(service, http, served, prompts, params, served.engine.request)
-    return submit(service, http, served, requests)
+    return await submit(service, http, served, requests)
 
 
 async def admit(
@@ -156,7 +157,7 @@ async def admit(
     served: Served,
     prompts: Sequence[Prompt | Conversation],
     params: SamplingParams,
-    make: Callable[[Prompt, SamplingParams], Request],
+    make: Callable[[Prompt, SamplingParams, str], Request],
 ) -> list[Request]:
     """A request for each prompt, as the engine makes them, counted against the key. Raises ApiError, RequestError."""
     call: Call = http.state.call
@@ -167,7 +168,7 @@ async def admit(
 
     def encode() -> list[Request]:
         tokens = (p.tokens(served.tokenizer) if isinstance(p, Conversation) else p for p in prompts)
-        return [make(prompt, params) for prompt in tokens]
+        return [make(prompt, params, call.key.name) for prompt in tokens]
 
     requests = await service.encode(params.grammar is not None or _length(prompts) > _LONG, encode)
     service.check_open()  # it may have been told to end meanwhile
@@ -177,13 +178,24 @@ async def admit(
     return requests
 
 
-def submit(service: Service, http: HttpRequest, served: Served, requests: Sequence[Request]) -> Generation:
-    """Raises QueueFullError, EngineError."""
-    generation = Generation(service, http.state.call, served, served.engine.open(requests), http)
+async def submit(service: Service, http: HttpRequest, served: Served, requests: Sequence[Request]) -> Generation:
+    """Raises QueueFullError, DeadlineError, EngineError."""
+    events = served.engine.open(requests)
+    if requests[0].params.deadline_s is not None and requests[0].params.deadline_s < service.limits.request_s:
+        await _decided(events)  # the client's own deadline may be refused
+    generation = Generation(service, http.state.call, served, events, http)
     for request in requests:
         service.metrics.prompt.labels(served.name).observe(request.prompt_tokens)
     service.metrics.prompt_tokens.labels(served.name).inc(generation.prompt_tokens)
     return generation
+
+
+async def _decided(events: EventStream) -> None:
+    try:
+        await events.decided()
+    except BaseException:
+        events.cancel()
+        raise
 
 
 def _length(prompts: Sequence[Prompt | Conversation]) -> int:

@@ -3,7 +3,8 @@
 SIGTERM or SIGINT drains: /ready turns red, new requests get 503, those that run may finish until the grace is over and
 are then cut with finish_reason "length" and stop_reason "shutdown"; the process ends with 0. A second signal cuts at
 once. An engine that fails turns /health red, ends its streams with an error event, and the process with 1: whoever
-started it starts it again.
+started it starts it again. Models that may be opened again (restarts.py) get a new engine instead,
+a few times a minute.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from starlette.applications import Starlette
 from tilewright.compiler.errors import UserError
 from tilewright.runtime.server.http_protocol import bounded
 from tilewright.runtime.server.logs import log
+from tilewright.runtime.server.restarts import Restarts
 from tilewright.runtime.server.service import Service
 
 EXIT_DRAINED, EXIT_ENGINE_DEAD = 0, 1
@@ -72,6 +74,7 @@ class Server:
 
     def __init__(self, app: Starlette, service: Service, bound: socket.socket, tls: Tls | None = None) -> None:
         self._service, self._bound = service, bound
+        self._restarts = Restarts()
         self._http = _Http(_config(app, service, tls))
         bound.listen(self._http.config.backlog)  # who connects from here on is answered once it runs
 
@@ -96,6 +99,8 @@ class Server:
             for progress in self._service.progress:
                 progress.look()
             if self._service.health == "dead":
+                if await self._revived():
+                    continue
                 code = EXIT_ENGINE_DEAD
                 await self._give_up()
             elif self._http.signals:
@@ -115,10 +120,16 @@ class Server:
             generation.cut("shutdown")
         await _until(lambda: not service.active, _CLOSING_S)
 
+    async def _revived(self) -> bool:
+        """Whether every dead engine has a successor."""
+        dead = [served for served in self._service.models if served.engine.failure is not None]
+        for served in dead:
+            log("engine failed", logging.ERROR, model=served.name, reason=str(served.engine.failure))
+            if not await self._restarts.revive(served):
+                return False
+        return True
+
     async def _give_up(self) -> None:
-        for served in self._service.models:
-            if served.engine.failure is not None:
-                log("engine failed", logging.ERROR, model=served.name, reason=str(served.engine.failure))
         await _until(lambda: not self._service.active, _FAREWELL_S)
 
 

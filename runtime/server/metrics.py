@@ -90,6 +90,7 @@ _COUNTERS = (
     ("num_preemptions", "Sequences that gave up their pages.", lambda s: s.engine.stats.preemptions),
     ("computed_tokens", "Tokens of prompts and answers that steps computed.", lambda s: s.engine.stats.tokens),
     ("generation_tokens", "Tokens drawn.", lambda s: s.engine.stats.drawn),
+    ("engine_restarts", "Engines that were started in place of a dead one.", lambda s: s.restarts),
     ("prefix_cache_queries", "Tokens of prompts that were looked for.", lambda s: s.engine.stats.prefix_queries),
     ("prefix_cache_hits", "Tokens of prompts that were in the cache.", lambda s: s.engine.stats.prefix_hits),
 )

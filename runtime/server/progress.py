@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable
 
-from tilewright.runtime.engine import Engine
+from tilewright.runtime.server.served import Served
 
 
 class Progress:
     """Looked at often, it knows for how long an engine with work has finished no step."""
 
-    def __init__(self, engine: Engine, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._engine, self._stall_s, self._clock = engine, stall_s, clock
+    def __init__(self, served: Served, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._served, self._stall_s, self._clock = served, stall_s, clock
         self._steps, self._since_s = -1, clock()
 
     @property
@@ -20,6 +20,7 @@ class Progress:
 
     def look(self) -> None:
         """Notes a step, or that there is nothing to do."""
-        steps = self._engine.stats.steps
-        if steps != self._steps or not self._engine.busy:
+        engine = self._served.engine
+        steps = engine.stats.steps
+        if steps != self._steps or not engine.busy:
             self._steps, self._since_s = steps, self._clock()

@@ -1,7 +1,7 @@
 """The models behind one port, by name."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.compiler.errors import RequestError
@@ -13,11 +13,17 @@ from tilewright.runtime.types import TextCodec
 
 @dataclass(eq=False)
 class Served:
-    """One model: its name, its engine, its tokenizer, and when it was loaded (seconds since 1970)."""
+    """One model: its name, its engine, its tokenizer, and when it was loaded (seconds since 1970).
+
+    reopen: loads the model anew and makes another engine; None where a dead engine ends the process. Raises UserError
+    where what was loaded is not there any more. restarts: how often that was done.
+    """
 
     name: str
     engine: Engine
     tokenizer: TextCodec
+    reopen: Callable[[], Engine] | None = None
+    restarts: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -12,6 +12,7 @@ from tilewright.runtime.server.limits import ServerLimits
 from tilewright.runtime.server.metrics import ServerMetrics
 from tilewright.runtime.server.progress import Progress
 from tilewright.runtime.server.served import Models, Served
+from tilewright.runtime.server.tracing import Tracer
 
 if TYPE_CHECKING:
     from tilewright.runtime.server.generation import Generation
@@ -24,7 +25,7 @@ class Service:
     """The state of one server. All of it belongs to the event loop's thread.
 
     active: generations between submission and end. draining: no new request is taken. encoders: threads that turn long
-    texts into tokens.
+    texts into tokens. tracer: where spans of requests go, if anywhere.
     """
 
     models: Models
@@ -32,12 +33,13 @@ class Service:
     keys: KeyRing
     metrics: ServerMetrics
     log_prompts: bool = False
+    tracer: Tracer | None = None
     draining: bool = False
     active: "set[Generation]" = field(default_factory=set)
     encoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tilewright-encode"))
 
     def __post_init__(self) -> None:
-        self.progress = [Progress(served.engine, self.limits.stall_s) for served in self.models]
+        self.progress = [Progress(served, self.limits.stall_s) for served in self.models]
 
     @classmethod
     def of(
@@ -48,11 +50,11 @@ class Service:
         *,
         log_prompts: bool = False,
         metrics_prefix: str = "tilewright",
+        tracer: Tracer | None = None,
     ) -> "Service":
         models = Models(served)
-        return cls(
-            models, limits or ServerLimits(), keys or KeyRing([]), ServerMetrics(models, metrics_prefix), log_prompts
-        )
+        metrics = ServerMetrics(models, metrics_prefix)
+        return cls(models, limits or ServerLimits(), keys or KeyRing([]), metrics, log_prompts, tracer)
 
     @property
     def health(self) -> Literal["ok", "dead", "stalled"]:
@@ -74,3 +76,5 @@ class Service:
 
     def close(self) -> None:
         self.encoders.shutdown(wait=False, cancel_futures=True)
+        if self.tracer is not None:
+            self.tracer.close()

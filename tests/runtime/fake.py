@@ -23,7 +23,7 @@ from tilewright.compiler.composites import SAMPLING_INPUTS, STEP_INPUTS
 from tilewright.runtime.core import EngineCore
 from tilewright.runtime.intake import Intake, Prompt, resolve_limits
 from tilewright.runtime.request import Request, sample_seed
-from tilewright.runtime.scheduler.fcfs import FCFS
+from tilewright.runtime.scheduler.fair import FairShare
 from tilewright.runtime.scheduler.policy import Policy
 from tilewright.runtime.types import (
     Completion,
@@ -35,6 +35,7 @@ from tilewright.runtime.types import (
     StepResult,
     StreamEvent,
     TextCodec,
+    Work,
 )
 
 HIDDEN = 6
@@ -54,10 +55,16 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class LinearCosts:
-    """A step that costs something in itself and something for each token, sequence and cached token."""
+    """A step that costs something in itself and something for each token, and each key that it attends to."""
 
-    def step_s(self, tokens: int, sequences: int, kv_tokens: int) -> float:
-        return 1e-3 + 1e-4 * tokens + 1e-5 * sequences + 1e-6 * kv_tokens
+    def step_s(self, work: Work) -> float:
+        return 1e-3 + 1e-4 * (work.decodes + work.prompt_tokens) + 1e-6 * (work.keys + work.pairs)
+
+    def least_s(self, work: Work) -> float:
+        return self.step_s(work)
+
+    def observe(self, work: Work, seconds: float) -> None:
+        assert seconds >= 0
 
 
 @dataclass
@@ -136,7 +143,7 @@ class FakeModel:
         for r, i in enumerate(owner if self.swap else ()):
             self._check_phases(batch, i, int(batch.draws[r]))
         self.steps.append((len(batch.tokens), len(batch.kv_len)))
-        self.clock.now_s += self.costs.step_s(len(batch.tokens), len(batch.kv_len), int(batch.kv_len.sum()))
+        self.clock.now_s += self.costs.step_s(Work.of(batch))
         return result_of(drawn, batch.alternatives, self.limits)
 
     def _check_phases(self, batch: StepBatch, i: int, draws: int) -> None:
@@ -300,13 +307,13 @@ class Bench:
         budget, capacity = resolve_limits(limits or EngineLimits(), device)
         keep = limits is not None and limits.keep_prefixes
         self.core = EngineCore(
-            executor or self.model, budget, policy or FCFS(), self.model.costs, self.model.clock, keep
+            executor or self.model, budget, policy or FairShare(), self.model.costs, self.model.clock, keep
         )
         self.intake = Intake(device, budget, capacity, tokenizer, self.model.load_s, entropy=lambda: 0)
         self.events: list[tuple[Request, StreamEvent]] = []
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
-        request = self.intake.request(prompt, params)
+    def submit(self, prompt: Prompt, params: SamplingParams, tenant: str = "") -> Request:
+        request = self.intake.request(prompt, params, tenant)
         request.events = lambda *event: self.events.append(event)
         self.core.submit(request)
         return request

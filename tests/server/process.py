@@ -12,6 +12,9 @@ from tilewright.runtime import model
 
 
 class Breaking(PacedModel):
+    manifest = None
+    floor = None
+
     def step(self, batch: Any) -> Any:
         self.broken = len(self.steps) >= int(os.environ.get("TEST_BREAK_AFTER", "1000000"))
         return super().step(batch)

@@ -151,10 +151,12 @@ def running(
     cors_origins: tuple[str, ...] = (),
     log_prompts: bool = False,
     device: DeviceLimits = LIMITS,
+    tracer: Any = None,
+    reopen: Callable[[], Engine] | None = None,
 ) -> Iterator[Running]:
     models = {name: PacedModel(device, TOKENIZER) for name in names}
-    served = [Served(name, Engine(model, engine_limits), TOKENIZER) for name, model in models.items()]
-    service = Service.of(served, limits, KeyRing(keys or []), log_prompts=log_prompts)
+    served = [Served(name, Engine(model, engine_limits), TOKENIZER, reopen) for name, model in models.items()]
+    service = Service.of(served, limits, KeyRing(keys or []), log_prompts=log_prompts, tracer=tracer)
     bound = bind("127.0.0.1", 0)
     server = Server(create_app(service, cors_origins), service, bound)
     it = Running(bound.getsockname()[1], service, models, server.end)

@@ -17,7 +17,9 @@ from tilewright.runtime.types import EngineLimits
 pytestmark = pytest.mark.timeout(120)
 
 # What no schema can say: that tokens are in the vocabulary, that a prompt fits the context, that fields fit together.
-BEYOND_SCHEMAS = ("model_limit", "context_length_exceeded", "invalid_combination", "unsupported_grammar")
+BEYOND_SCHEMAS = (
+    "model_limit", "context_length_exceeded", "deadline_too_short", "invalid_combination", "unsupported_grammar"
+)  # fmt: skip
 
 
 @schemathesis.check

@@ -52,6 +52,20 @@ def command(
     no_prefix_cache: Annotated[
         bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its first token.")
     ] = False,
+    max_stretch: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Prompts make steps of running streams at most so many times longer; 0: no limit. By default 1.75 on "
+            "a CPU and 0 on a GPU.",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Replace an engine that dies, on a CPU; else the process ends with 1.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send OpenTelemetry traces there, as OTLP over HTTP.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Serve models by OpenAI's API, until SIGTERM."""
@@ -70,6 +84,7 @@ def command(
     from tilewright.runtime.server.limits import ServerLimits
     from tilewright.runtime.server.logs import log, logging_to
     from tilewright.runtime.server.service import Service
+    from tilewright.runtime.server.tracing import otlp_tracer
     from tilewright.runtime.types import EngineLimits
     from tilewright.session import open_served
 
@@ -86,16 +101,20 @@ def command(
     tls = None if tls_cert is None or tls_key is None else lifecycle.Tls(tls_cert, tls_key)
     if tls is not None:
         tls.check()
+    tracer = None if otlp_endpoint is None else otlp_tracer(otlp_endpoint)
     bound = lifecycle.bind(host, port)
     engine_limits = EngineLimits(
         max_queue=max_queue,
         max_prompt=max_prompt_tokens,
         max_answer=max_output_tokens,
         keep_prefixes=not no_prefix_cache,
+        max_stretch=max_stretch,
     )
     with bound, logging_to(log_file):
-        served = open_served(models, threads, engine_limits)
-        service = Service.of(served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix)
+        served = open_served(models, threads, engine_limits, restart)
+        service = Service.of(
+            served, limits, keys, log_prompts=log_prompts, metrics_prefix=metrics_prefix, tracer=tracer
+        )
         server = lifecycle.Server(create_app(service, cors_origin or ()), service, bound, tls)
         where = f"{'https' if tls else 'http'}://{host if ':' not in host else f'[{host}]'}:{bound.getsockname()[1]}"
         log("serving", url=where, models=[each.name for each in served], keys=not keys.open)

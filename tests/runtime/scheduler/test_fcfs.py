@@ -26,6 +26,8 @@ class Line:
     width: int = 1
     priority: int = 0
     table: PageTable = field(default_factory=PageTable)
+    tenant: str = ""
+    begun: bool = False
 
     @property
     def rank(self) -> tuple[int, int, int]:
