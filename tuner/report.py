@@ -77,7 +77,7 @@ def _row(group: Sequence[Record]) -> str:
     default = next((r.us for r in group if r.trial == 1), None)
     gain = f"{1 - best.us / default:.1%}" if best and best.us and default else ""
     cells = [
-        f"{group[0].schedule} {_words(group[0].facts)}",
+        f"{group[0].schedule} {words(group[0].facts)}",
         str(group[0].rows),
         f"{default:.4g}" if default else "",
         f"{best.us:.4g}" if best else "",
@@ -87,7 +87,7 @@ def _row(group: Sequence[Record]) -> str:
         str(sum(bool(r.failure) for r in group)),
     ]
     texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    tile = html.escape(_words(best.tile)) if best else ""
+    tile = html.escape(words(best.tile)) if best else ""
     return f"<tr>{texts}<td>{_curve(group)}</td><td class=tile>{tile}</td></tr>"
 
 
@@ -95,7 +95,7 @@ def _best(group: Sequence[Record]) -> Record | None:
     return min((r for r in group if r.us is not None), key=lambda r: r.us or 0.0, default=None)
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     """The fields of facts or a tile that say something, without their nesting."""
     words: list[str] = []
 
