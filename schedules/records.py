@@ -166,13 +166,13 @@ class Known:
             found.setdefault((record.schedule, record.facts), []).append(record)
         return found
 
-    def _of(self, schedule: str, facts: Any) -> Sequence[Record]:
+    def of(self, schedule: str, facts: Any) -> Sequence[Record]:
         return self._by_facts.get((schedule, text_of(facts)), ()) if self.records else ()
 
     def best(self, schedule: str, facts: Any, rows: int, space: Sequence[Any]) -> tuple[Any, Record] | None:
         """The fastest tile of a space that was measured, and its record; None where none was. Records for other
         numbers of rows than `rows` count where facts don't tell these apart: those for the nearest number."""
-        records = self._of(schedule, facts)
+        records = self.of(schedule, facts)
         if not records:
             return None
         current, tiles = space_hash(space), {text_of(tile): tile for tile in space}
@@ -185,7 +185,7 @@ class Known:
 
     def stale(self, schedule: str, facts: Any, space: Sequence[Any]) -> list[Record]:
         """The records of facts that are of another space than today's."""
-        records = self._of(schedule, facts)
+        records = self.of(schedule, facts)
         current = space_hash(space) if records else ""
         return [r for r in records if r.space != current]
 

@@ -28,6 +28,7 @@ svg { display: block; } svg text { font: 11px system-ui, sans-serif; fill: #5760
 """
 _WIDTH, _HEIGHT = 760, 420  # of the roofline, in pixels
 _CURVE = 140, 32
+_LONG = 120  # letters of a field
 
 
 def write_report(logs: Path, output: Path) -> list[str]:
@@ -96,7 +97,7 @@ def _best(group: Sequence[Record]) -> Record | None:
 
 
 def words(text: str) -> str:
-    """The fields of facts or a tile that say something, without their nesting."""
+    """The fields of facts or a tile that say something, without their nesting; long ones, as traces are, cut off."""
     words: list[str] = []
 
     def visit(name: str, value: object) -> None:
@@ -104,7 +105,8 @@ def words(text: str) -> str:
             for key, inner in value.items():
                 visit(key, inner)
         elif value not in (None, False, ""):
-            words.append(name if value is True else f"{name} {value}")
+            said = str(value)
+            words.append(name if value is True else f"{name} {said if len(said) <= _LONG else said[:_LONG] + '...'}")
 
     visit("", {k: v for k, v in json.loads(text).items() if k != "is"})
     return ", ".join(words)
