@@ -52,7 +52,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "tirx.fabs": np.abs,
     "tirx.pow": np.power,
 }
-_OPERATORS = _BINARY | _CALLS
+_OPERATORS: Mapping[str, Callable[..., Any]] = {**_BINARY, **_CALLS}
 
 
 # ---- from TVM --------------------------------------------------------------------------------------------------------

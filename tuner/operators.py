@@ -29,7 +29,7 @@ def extract_operators(mod: Any, target: Target, workload: Sequence[Step]) -> lis
     names = steps_of(mod)
     tasks: dict[Key, Task] = {}
     for operator in found:
-        task = _task(operator, target)
+        task = operator_task(operator, target)
         known = tasks.setdefault(task.key, task)
         calls, load_us = known.calls, known.load_us
         for step in workload:
@@ -63,7 +63,8 @@ def _opaque(mod: Any) -> Any:
     return tvm.IRModule({name: rewrite.visit_expr(func) for name, func in steps_of(mod).items()}, mod.attrs)
 
 
-def _task(operator: Operator, target: Target) -> Task:
+def operator_task(operator: Operator, target: Target) -> Task:
+    """The task of an operator, not weighted by any workload."""
     facts = facts_of(operator)
     reference, why_not = "", ""
     size, operations = 0, 0
