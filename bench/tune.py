@@ -13,8 +13,9 @@ records of one task, with many seeds, and once more with the records of the othe
 does, from the schedule's own guess on, which often is the best; then with the space in random order, so that only what
 was measured helps. On a CPU, where spaces are small, --wide takes all tiles that linear_block_gemm's kernels can be
 made with. `race` runs on linears of up to 16 rows, each search within the budget: MetaSchedule has the same computation
-as plain loops (tune_race.py), and where it does not come within 5 % of the best its line says what it reached. `fresh` needs the two log folders alone, neither model nor device: NAME is what its lines call the model.
-Lines go to bench/results/tune.jsonl.
+as plain loops (tune_race.py), and where it does not come within 5 % of the best its line says what it reached. `fresh`
+needs the two log folders alone, neither model nor device: NAME is what its lines call the model. Lines go to
+bench/results/tune.jsonl.
 """
 
 import argparse

@@ -58,8 +58,10 @@ class Runner:
         points: list[Point] = []
         measured: dict[str, Record] = {}
         default: Candidate | None = None
+        # MetaSchedule does not time what it starts from, either: plain loops may take seconds.
+        passed = {task.default_text} if isinstance(task.schedule, Generic) else set()
         while time.monotonic() - start_s < self.budget_s and len(points) < self.most:
-            tiles = search.propose(task, measured, set(measured), BATCH)
+            tiles = search.propose(task, measured, passed | set(measured), BATCH)
             if not tiles:
                 break
             futures = [self.compilers.submit(task.schedule, task.facts, tile, task.target) for tile in tiles]
