@@ -9,14 +9,14 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from typing import Any
 
 from tilewright.compiler.codegen.plain_operators import Operator, apply_trace, structural_hash
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.base import Call, Floor, KernelCall, Lowering, Output, Schedule
-from tilewright.schedules.records import Known, Record, space_hash
+from tilewright.schedules.records import Known, Record, fastest, space_hash
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,11 @@ class Tuned:
 
     def _traced(self, operator: Operator, facts: OperatorFacts) -> Any:
         """The operator after its fastest trace; None where that is the default, or there is none that fits."""
-        mine = [r for r in self.known.of(NAME, facts) if r.space == space_hash(no_traces()) and r.us is not None]
-        if not mine:
+        mine = [r for code, r in self._records if code == facts.code and r.us is not None]
+        current = [r for r in mine if r.space == space_hash(no_traces())]
+        if not current:
             return None
-        record = min(mine, key=lambda r: (r.us, r.tile))
+        record = fastest(current, operator.rows)
         fields = json.loads(record.tile)
         try:
             trace = Trace(**{name: value for name, value in fields.items() if name != "is"})
@@ -160,15 +161,17 @@ class Tuned:
         self.taken[operator.name] = operator, trace, record
         return func
 
+    @cached_property
+    def _records(self) -> Sequence[tuple[str, Record]]:
+        """Those of operators, with the hash of what they compute."""
+        return [(json.loads(r.facts).get("code", ""), r) for r in self.known.records if r.schedule == NAME]
+
     def _tell_stale(self, facts: Any) -> None:
         current = space_hash(no_traces())
         codes = {each.code: each for each in facts}
         alike = {(each.operator, each.arguments) for each in codes.values()}
-        for record in self.known.records:
-            if record.schedule != NAME:
-                continue
-            theirs = json.loads(record.facts)
-            known = theirs.get("code") in codes
+        for code, record in self._records:
+            theirs, known = json.loads(record.facts), code in codes
             other = not known and (theirs.get("operator"), theirs.get("arguments")) in alike
             if other or (known and record.space != current):
                 what = "another computation" if other else "traces of another TVM"

@@ -166,26 +166,25 @@ class Known:
             found.setdefault((record.schedule, record.facts), []).append(record)
         return found
 
-    def of(self, schedule: str, facts: Any) -> Sequence[Record]:
+    def _of(self, schedule: str, facts: Any) -> Sequence[Record]:
         return self._by_facts.get((schedule, text_of(facts)), ()) if self.records else ()
 
     def best(self, schedule: str, facts: Any, rows: int, space: Sequence[Any]) -> tuple[Any, Record] | None:
         """The fastest tile of a space that was measured, and its record; None where none was. Records for other
         numbers of rows than `rows` count where facts don't tell these apart: those for the nearest number."""
-        records = self.of(schedule, facts)
+        records = self._of(schedule, facts)
         if not records:
             return None
         current, tiles = space_hash(space), {text_of(tile): tile for tile in space}
         valid = [r for r in records if r.space == current and r.us is not None and r.tile in tiles]
         if not valid:
             return None
-        nearest = min((r.rows for r in valid), key=lambda n: (max(n, rows) / min(n, rows), -n))
-        record = min((r for r in valid if r.rows == nearest), key=lambda r: (r.us, r.tile))
+        record = fastest(valid, rows)
         return tiles[record.tile], record
 
     def stale(self, schedule: str, facts: Any, space: Sequence[Any]) -> list[Record]:
         """The records of facts that are of another space than today's."""
-        records = self.of(schedule, facts)
+        records = self._of(schedule, facts)
         current = space_hash(space) if records else ""
         return [r for r in records if r.space != current]
 
@@ -196,6 +195,12 @@ class Known:
 
 
 NOTHING_KNOWN = Known()
+
+
+def fastest(records: Sequence[Record], rows: int) -> Record:
+    """Of records with times, the fastest for the number of rows that is nearest to `rows`."""
+    nearest = min((r.rows for r in records), key=lambda n: (max(n, rows) / min(n, rows), -n))
+    return min((r for r in records if r.rows == nearest), key=lambda r: (r.us or 0.0, r.tile))
 
 
 def read_file(file: Path) -> tuple[list[Record], list[str], list[str]]:

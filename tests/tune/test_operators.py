@@ -144,6 +144,7 @@ def test_traces_are_measured_recorded_and_compiled(
     [about] = tuned.described()
     assert about["record"].endswith("generic.jsonl:" + about["record"].rpartition(":")[2])
     assert about["tile"]["instructions"] > 3 and about["max_rows"] == 64 and about["rows"] is None
+    assert list(Tuned(Known(tuple(fast)))([replace(COSINES, shapes=((40, 24), (40, 24)))])) == ["tir_cos3"]
     slow = [replace(r, us=3.0 - r.us) for r in fast]
     assert Tuned(Known(tuple(slow)))([COSINES]) == {} and not caplog.records
 
