@@ -100,11 +100,11 @@ class Evolution:
         import tvm
         from tvm.s_tir import meta_schedule as ms
 
-        from tilewright.compiler.codegen.plain_operators import fixed
+        from tilewright.compiler.codegen.plain_operators import alone, fixed
 
         self.code = request.code
-        func = fixed(tvm.ir.load_json(request.code), request.shapes)
-        self._module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+        self._func = fixed(tvm.ir.load_json(request.code), request.shapes)
+        self._module = alone(self._func)
         self._target = machine(request.target, request.threads)
         self._database = ms.database.MemoryDatabase()
         self._model = cost_model(request.threads)
@@ -158,8 +158,10 @@ class Evolution:
         import tvm
         from tvm import s_tir
 
+        from tilewright.compiler.codegen.plain_operators import alone
+
         for text, us in measured:
-            schedule = s_tir.Schedule(self._module)
+            schedule = s_tir.Schedule(alone(self._func))
             try:
                 s_tir.schedule.Trace.apply_json_to_schedule(json.loads(text), schedule)
             except (tvm.error.InternalError, s_tir.schedule.ScheduleError):

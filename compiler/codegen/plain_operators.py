@@ -127,12 +127,19 @@ def fixed(func: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
 def apply_trace(func: Any, instructions: str) -> Any:
     """The PrimFunc after the instructions of a MetaSchedule trace, as JSON. Raises whatever TVM does where they
     don't fit it."""
-    import tvm
     from tvm import s_tir
 
-    schedule = s_tir.Schedule(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}))
+    schedule = s_tir.Schedule(alone(func))
     s_tir.schedule.Trace.apply_json_to_schedule(json.loads(instructions), schedule)
     return schedule.mod["main"].without_attr("global_symbol")
+
+
+def alone(func: Any) -> Any:
+    """A module of a copy of the PrimFunc, as "main": a Schedule of TVM changes the loops that it is given in place."""
+    import tvm
+
+    copied = tvm.ir.load_json(tvm.ir.save_json(func))
+    return tvm.IRModule({"main": copied.with_attr("global_symbol", "main")})
 
 
 def replaced(mod: Any, functions: Mapping[str, Any]) -> Any:

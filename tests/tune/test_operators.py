@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import s_tir
+from tvm import relax, s_tir, tirx
 from tvm.script import tirx as T
 
 from tests.kernel_runner import host_target
 from tests.passes.scheduled_models import served_model
 from tests.tune.sweep_planted import BY
 from tests.tune.test_tasks import DECODE_ONE, MODEL, PROMPT
-from tilewright.compiler.codegen.plain_operators import Operator, bare
+from tilewright.compiler.codegen.llvm_target import llvm_target
+from tilewright.compiler.codegen.plain_operators import Operator, alone, bare, fuse, operators
+from tilewright.compiler.codegen.program import build_program
 from tilewright.compiler.targets import RECORDS
 from tilewright.passes.plan_buckets import PlanBuckets
 from tilewright.schedules.generic import Trace, Tuned, facts_of, rules
@@ -82,7 +84,7 @@ def task_of(operator: Operator) -> Task:
 
 def trace(change: Any, func: Any) -> Trace:
     """What `change` does to the schedule of a PrimFunc."""
-    schedule = s_tir.Schedule(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}))
+    schedule = s_tir.Schedule(alone(func))
     change(schedule)
     return Trace(rules(), instructions_of(schedule.trace))
 
@@ -149,6 +151,40 @@ def test_traces_are_measured_recorded_and_compiled(
     assert Tuned(Known(tuple(slow)))([COSINES]) == {} and not caplog.records
 
 
+def step_module() -> Any:
+    """A step of one operator, cos(x) + x."""
+    x = relax.Var("x", relax.TensorType((tirx.Var("t", "int64"), 24), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("step", [x], attrs={"num_input": 1, "tir_var_upper_bound": {"t": 64}}):
+        with builder.dataflow():
+            result = builder.emit_output(relax.op.add(builder.emit(relax.op.cos(x)), x))
+        builder.emit_func_output(result)
+    return builder.get()
+
+
+def test_a_program_runs_its_operators_by_their_traces() -> None:
+    """The same bits, and the trace's loops in the place of TVM's."""
+    target, module = host_target(), step_module()
+    with llvm_target(target):
+        [operator] = operators(fuse(module))
+
+    def split(schedule: Any) -> None:
+        *_, last = (block for block in schedule.get_child_blocks(schedule.get_sblock("root")))
+        rows, columns = schedule.get_loops(last)
+        schedule.parallel(rows)
+        schedule.vectorize(schedule.split(columns, [None, 8])[1])
+
+    tuned = Tuned(Known((record_of(operator, trace(split, operator.func)),)))
+    x, results = np.random.default_rng().standard_normal((5, 24), np.float32), []
+    for choose in (lambda found: {}, tuned):
+        executable, _ = build_program(module, target, choose)
+        machine = relax.VirtualMachine(executable, tvm.cpu())
+        results.append(machine["step"](tvm.runtime.tensor(x), ()).numpy())
+    assert list(tuned.taken) == [operator.name] and operator.calls == {"step": 1}
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_allclose(results[0], np.cos(x) + x, rtol=1e-5, atol=1e-6)
+
+
 def record_of(operator: Operator, tile: Trace, code: str = "", space: str = "") -> Record:
     task = task_of(operator)
     facts = replace(task.facts, code=code or task.facts.code)
@@ -168,10 +204,17 @@ def record_of(operator: Operator, tile: Trace, code: str = "", space: str = "") 
 def test_a_trace_that_is_not_for_the_operator_is_named(
     fields: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    foreign = trace(lambda schedule: schedule.parallel(schedule.get_loops(schedule.get_sblock("sum"))[0]), bare(sums))
+    def elsewhere(schedule: Any) -> None:
+        """Begins as it might here."""
+        schedule.parallel(schedule.get_loops(schedule.get_child_blocks(schedule.get_sblock("root"))[0])[0])
+        schedule.unroll(schedule.get_loops(schedule.get_sblock("sum"))[1])
+
+    foreign = trace(elsewhere, bare(sums))
+    before = facts_of(COSINES)
     with caplog.at_level(logging.WARNING):
         assert Tuned(Known((record_of(COSINES, foreign, **fields),)))([COSINES]) == {}
     assert f"tuning record here/generic.jsonl:4 {said}" in caplog.text
+    assert facts_of(COSINES) == before  # what begins to fit leaves nothing behind
 
 
 def test_records_of_operators_that_the_model_lacks_are_no_matter(caplog: pytest.LogCaptureFixture) -> None:
