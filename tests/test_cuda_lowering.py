@@ -58,9 +58,7 @@ def test_the_number_of_tokens_picks_a_linear(scheduled: tvm.IRModule) -> None:
         assert rows == sorted(set(rows)) and rows[-1] in (16, 128)
         assert all("tw.call" in kernels[name].attrs for _, name in parts if name)
     nothing = [parts for parts in choices if not parts[0][1]]
-    assert len(nothing) == 2, (
-        "norms before q, k, v and before gate and up, which linears for few tokens take"
-    )
+    assert len(nothing) == 2, "norms before q, k, v and before gate and up, which linears for few tokens take"
 
 
 def test_a_strict_step_treats_generated_tokens_as_a_prompts(tmp_path: Path) -> None:
