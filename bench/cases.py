@@ -88,7 +88,20 @@ GAIN = Case("gain", "a call with the best tile; of the default one it is told be
 KILLS = Case(
     "kills", "what a sweep killed many times found best, over the best of one left alone, as measured there", "ratio"
 )
-TUNE_CASES = {c.name: c for c in (SEARCH, GAIN, KILLS)}
+RACE = Case(
+    "race",
+    "seconds from nothing until a candidate is within 5 % of the best of all searches, or all that there were",
+    "s",
+)
+FRESH = Case(
+    "fresh",
+    "a task of a fresh sweep: the best committed time over the sweep's; tile_ratio: both as measured now",
+    "ratio",
+)
+FRESH_SWEEP = Case(
+    "fresh-sweep", "the same of all tasks of a sweep that have a committed record of their space", "ratio"
+)
+TUNE_CASES = {c.name: c for c in (SEARCH, GAIN, KILLS, RACE, FRESH, FRESH_SWEEP)}
 
 
 @dataclass(frozen=True)

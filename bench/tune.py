@@ -2,15 +2,20 @@
 
     python bench/tune.py measure smollm2-135m --logs build/tune     every tile of the tasks; again continues
     python bench/tune.py search smollm2-135m --logs build/tune      the searches, replayed on these records
+    python bench/tune.py race smollm2-135m --budget 30s             the searches and MetaSchedule's, live, from nothing
     python bench/tune.py gains smollm2-135m --logs build/tune       the default and the best of each task
     python bench/tune.py kills smollm2-135m --logs build/kills      a sweep, killed at random moments; again kills on
     python bench/tune.py survived smollm2-135m --logs build/kills   its end, beside a sweep that is left alone
+    python bench/tune.py fresh NAME --logs FOLDER                   a sweep's log folder beside the committed records
 
 `measure` tries whole spaces, so that `search` knows the best there is; each search then runs from scratch on the
 records of one task, with many seeds, and once more with the records of the other tasks to start from: first as a sweep
 does, from the schedule's own guess on, which often is the best; then with the space in random order, so that only what
 was measured helps. On a CPU, where spaces are small, --wide takes all tiles that linear_block_gemm's kernels can be
-made with. Lines go to bench/results/tune.jsonl.
+made with. `race` runs on linears of up to 16 rows, each search within the budget: MetaSchedule has the same computation
+as plain loops (tune_race.py), and where it does not come within 5 % of the best its line says what it reached. `fresh`
+needs the two log folders alone, neither model nor device: NAME is what its lines call the model. Lines go to
+bench/results/tune.jsonl.
 """
 
 import argparse
@@ -26,6 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import tune_fresh
+import tune_race
 from cases import TUNE_CASES
 from results_file import Results, about
 from tune_wide import WideGemm
@@ -52,10 +59,17 @@ def main() -> None:
     if args.what in ("kills", "survived"):
         (kills if args.what == "kills" else survived)(args)
         return
+    if args.what == "fresh":
+        fresh(args)
+        return
     plan = make_plan(args)
     if args.what == "measure":
         state, _ = tuning.sweep(plan, args.logs, Budget(tuning.parse_budget(args.budget)), 1.0, lambda state: None)
         print(f"{state.trials} trials, {sum(not p.done for p in state.tasks)} of {len(state.tasks)} tasks open")
+        return
+    if args.what == "race":
+        tasks = tune_race.of_few_rows(plan.tasks, args.tasks)
+        tune_race.race(tasks, tuning.parse_budget(args.budget), args.trials, CLOSE, results(args))
         return
     records = [record for file in sorted(args.logs.glob("*/*.jsonl")) for record in read_file(file)[0]]
     (search if args.what == "search" else gains)(plan, records, results(args))
@@ -63,7 +77,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "search", "gains", "kills", "survived"))
+    parser.add_argument("what", choices=("measure", "search", "race", "gains", "kills", "survived", "fresh"))
     parser.add_argument("model")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--weights", default="auto")
@@ -73,7 +87,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wide", action="store_true", help="only block linears of several rows, with every tile there is"
     )
+    parser.add_argument("--tasks", type=int, default=4, help="that `race` runs on")
+    parser.add_argument("--trials", type=int, default=128, help="of each search in `race`")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument(
+        "--committed", type=Path, default=HERE.parent / "tuning_logs", help="what `fresh` compares with"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results" / "tune.jsonl")
     parser.add_argument("--commit", help="what is run, where this is no checkout of it")
     return parser.parse_args()
@@ -88,10 +107,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return replace(plan, tasks=tuple(replace(task, schedule=WideGemm()) for task in gemms))
 
 
-def results(args: argparse.Namespace) -> Results:
-    kind = "cpu" if args.target in ("auto", "cpu") else targets.find_target(args.target).kind
-    device = targets.device_name(kind) or "no GPU here"
-    return Results(args.results, TUNE_CASES, about(args.commit, device, ["xgboost-cpu"], model=Path(args.model).name))
+def results(args: argparse.Namespace, device: str | None = None) -> Results:
+    """device: where the times are of, this machine's where it is not told."""
+    searched = ["xgboost-cpu"] if device is None else []
+    if device is None:
+        kind = "cpu" if args.target in ("auto", "cpu") else targets.find_target(args.target).kind
+        device = targets.device_name(kind) or "no GPU here"
+    return Results(args.results, TUNE_CASES, about(args.commit, device, searched, model=Path(args.model).name))
 
 
 # ---- how soon --------------------------------------------------------------------------------------------------------
@@ -167,6 +189,15 @@ def gains(plan: Plan, records: Sequence[Record], out: Results) -> None:
         }
         gain = round(1 - (best.us or 0.0) / (default.us or 1.0), 4)
         out.add("gain", "tilewright", [*(best.spread_us or ()), best.us or 0.0], **facts, gain=gain)
+
+
+# ---- what a sweep finds that the committed records don't say ---------------------------------------------------------
+
+
+def fresh(args: argparse.Namespace) -> None:
+    found = tune_fresh.read_folder(args.logs)
+    device = tune_fresh.one_device(found, args.logs)
+    tune_fresh.report(found, tune_fresh.read_folder(args.committed), results(args, device))
 
 
 # ---- what it survives ------------------------------------------------------------------------------------------------

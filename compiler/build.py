@@ -123,11 +123,13 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     """Everything but the manifest, into `root`; the manifest that describes it."""
     from tilewright.compiler.codegen.kernels import compile_kernels
     from tilewright.compiler.codegen.program import build_program, link
+    from tilewright.schedules.generic import Tuned
     from tilewright.schedules.order import Chooser
     from tilewright.schedules.records import known_here
 
     formats = weight_formats(checkpoint, options)
-    choose = Chooser(options.target, known_here(options.logs or env.tuning_logs(), options.target))
+    known = known_here(options.logs or env.tuning_logs(), options.target)
+    choose, tuned = Chooser(options.target, known), Tuned(known)
     scheduled = lower(checkpoint, formats, options, report, choose)
     program, kernels = split_kernels(scheduled)
     params = step_params(scheduled)
@@ -142,13 +144,13 @@ def _fill(root: Path, checkpoint: Checkpoint, options: Options, report: Report) 
     report(Progress("kernels", 0, len(kernels)))
     objects = compile_kernels(kernels, options.target, env.cache_dir() / "kernels", env.jobs(), done, choose.written)
     report(Progress("link", 0, 1))
-    executable, workspace = build_program(program, options.target)
+    executable, workspace = build_program(program, options.target, tuned)
     link(executable, objects.values(), root / sealed.LIBRARY)
     report(Progress("link", 1, 1))
     if not fills_on_device(options):
         _write_weights(root, checkpoint, params, report)
     _write_tokenizer(root, checkpoint)
-    return describe(root, checkpoint, options, scheduled, params, workspace)
+    return describe(root, checkpoint, options, scheduled, params, workspace, tuned.described())
 
 
 def weight_formats(checkpoint: Checkpoint, options: Options) -> dict[str, str]:

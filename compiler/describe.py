@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,10 @@ def describe(
     scheduled: Any,
     params: tuple[Param, ...],
     workspace: Mapping[str, int],
+    operators: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
-    """The manifest of what stands in `root`; writes costs.json on the way."""
+    """The manifest of what stands in `root`; writes costs.json on the way. operators: plain ones that a tuning record
+    has a trace of, listed after the kernels."""
     import tvm
 
     import tilewright
@@ -106,7 +108,7 @@ def describe(
             ],
         },
         params=params,
-        kernels=tuple(kernels),
+        kernels=(*kernels, *operators),
         memory={
             "weights_bytes": sum(p.bytes for p in params),
             "workspace_bytes": max(size for name, size in workspace.items() if name.startswith(("step", "hidden"))),

@@ -8,7 +8,7 @@ apply(facts, tile) -> Lowering             the kernels, and how they are called
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -128,6 +128,7 @@ class Schedule(ABC):
     name: str
     composite: str
     kind: str  # the target kind it is for
+    most_tiles: int | None = None  # that are tried, where a search makes up tiles beyond the space's
 
     @abstractmethod
     def match(self, call: Call, target: Target) -> Any:
@@ -136,6 +137,10 @@ class Schedule(ABC):
     @abstractmethod
     def space(self, facts: Any, target: Target) -> Sequence[Any]:
         """Valid tiles, the default first. Never empty."""
+
+    def tile_of(self, fields: Mapping[str, Any]) -> Any:
+        """A tile of these fields that is none of the space's: only of schedules with `most_tiles`."""
+        raise TypeError(f"all tiles of {self.name} are in its space")
 
     def bounds(self, call: Call, target: Target) -> Sequence[int]:
         """Numbers of rows, increasing, up to each of which a call of open size has a tile of its own. Lowerings for

@@ -179,8 +179,7 @@ class Known:
         valid = [r for r in records if r.space == current and r.us is not None and r.tile in tiles]
         if not valid:
             return None
-        nearest = min((r.rows for r in valid), key=lambda n: (max(n, rows) / min(n, rows), -n))
-        record = min((r for r in valid if r.rows == nearest), key=lambda r: (r.us, r.tile))
+        record = fastest(valid, rows)
         return tiles[record.tile], record
 
     def stale(self, schedule: str, facts: Any, space: Sequence[Any]) -> list[Record]:
@@ -196,6 +195,12 @@ class Known:
 
 
 NOTHING_KNOWN = Known()
+
+
+def fastest(records: Sequence[Record], rows: int) -> Record:
+    """Of records with times, the fastest for the number of rows that is nearest to `rows`."""
+    nearest = min((r.rows for r in records), key=lambda n: (max(n, rows) / min(n, rows), -n))
+    return min((r for r in records if r.rows == nearest), key=lambda r: (r.us or 0.0, r.tile))
 
 
 def read_file(file: Path) -> tuple[list[Record], list[str], list[str]]:

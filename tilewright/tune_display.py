@@ -113,7 +113,7 @@ def _row(progress: "Progress", share: float) -> tuple[str, ...]:
         "" if progress.default_us is None else f"{progress.default_us:.4g}",
         "" if progress.best_us is None else f"{progress.best_us:.4g}",
         "" if progress.fraction is None else f"{progress.fraction:.0%}",
-        f"{len(progress.measured)}/{len(task.space)}",
+        f"{len(progress.measured)}/{task.size}",
         _counts(progress.failures),
         progress.done,
     )
@@ -141,7 +141,7 @@ def show_plan(plan: "Plan", times_us: Mapping[Any, float]) -> None:
             task.name,
             f"{shares[task.key]:.1%}",
             f"{task.calls:.3g}",
-            str(len(task.space)),
+            str(task.size),
             f"{task.floor_us:.3g}{'' if known else '?'}",
             "" if now_us is None else f"{now_us:.4g}",
             f"{task.floor_us / now_us:.0%}" if now_us and known else "",
@@ -155,6 +155,6 @@ def show_plan(plan: "Plan", times_us: Mapping[Any, float]) -> None:
 def _skipped(task: Any) -> str:
     if task.why_not:
         return str(task.why_not)
-    if len(task.space) == 1:
+    if task.size == 1:
         return "one tile alone"
     return "" if task.load_us else "not in the workload"

@@ -45,14 +45,16 @@ def plan(model: str, options: Options, workload: str, report: Callable[[CompileP
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
     from tilewright.compiler.build import lower, read_checkpoint, weight_formats
+    from tilewright.tuner.operators import extract_operators
     from tilewright.tuner.tasks import extract
     from tilewright.tuner.workloads import named
 
     steps = named(workload, options.max_batch, options.max_tokens)
     checkpoint = read_checkpoint(model, options, report)
     module = lower(checkpoint, weight_formats(checkpoint, options), options, report, choose=_leave)
-    found = extract(module, options.target, steps)
-    tasks = tuple(task for task in found if task.load_us and not task.why_not and len(task.space) > 1)
+    found = [*extract(module, options.target, steps), *extract_operators(module, options.target, steps)]
+    found.sort(key=lambda task: (-task.load_us, task.key))
+    tasks = tuple(task for task in found if task.load_us and not task.why_not and task.size > 1)
     return Plan(options.target, tasks, tuple(task for task in found if task not in tasks))
 
 
@@ -133,6 +135,7 @@ def sweep(
     that are no records. Raises UserError: of the machine, or the log folder."""
     from tilewright.tuner.candidates import Compilers
     from tilewright.tuner.log import Log, locked
+    from tilewright.tuner.metaschedule import OperatorSearch
     from tilewright.tuner.search import ModelSearch
     from tilewright.tuner.sweep import Sweep
 
@@ -142,13 +145,14 @@ def sweep(
     with locked(logs):
         log = Log(logs, by.device)
         compilers = Compilers(env.jobs())
-        search = ModelSearch([*log.records, *other_devices(logs, by.device)])
+        search = OperatorSearch(ModelSearch([*log.records, *other_devices(logs, by.device)]))
         try:
             with measurer(kind) as measuring:
                 run = Sweep(found.tasks, log, compilers, measuring, search, by, budget, until, kind == "cuda", observe)
                 return run.run(), log.problems
         finally:
             compilers.close()
+            search.close()
 
 
 def other_devices(logs: Path, device: str) -> "list[Record]":
@@ -173,7 +177,8 @@ def records_of(found: Plan, logs: Path) -> "tuple[Sequence[Record], list[str]]":
 def export(
     found: Plan, file: Path, logs: Path, trials: int | None, done: Callable[[int, int], None]
 ) -> tuple[int, int]:
-    """A bundle of the tasks' candidates, compiled here. Returns how many it has and how many did not compile."""
+    """A bundle of the tasks' candidates, compiled here. Returns how many it has and how many did not compile. Plain
+    operators are left out: their traces are found where they are measured."""
     from tilewright.tuner.candidates import Compilers
     from tilewright.tuner.export import export as make_bundle
     from tilewright.tuner.search import ModelSearch
@@ -182,7 +187,8 @@ def export(
     search = ModelSearch(other_devices(logs, ""))
     try:
         made_by = versions(found.target.kind)
-        return make_bundle(file, found.target, found.tasks, search, compilers, made_by, trials, done)
+        tasks = [task for task in found.tasks if task.schedule.most_tiles is None]
+        return make_bundle(file, found.target, tasks, search, compilers, made_by, trials, done)
     finally:
         compilers.close()
 

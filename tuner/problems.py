@@ -14,6 +14,7 @@ import numpy as np
 
 from tilewright.compiler.calls import Call
 from tilewright.tuner.problem_base import Array, Composite, distance
+from tilewright.tuner.problem_operator import Operator
 from tilewright.tuner.problem_pages import Append, Attention, QKVAppend
 from tilewright.tuner.problem_rows import Embedding, Gated, Linear, Norm, Rope
 from tilewright.tuner.problem_sample import Sample
@@ -93,4 +94,5 @@ _COMPOSITES: dict[str, Callable[[Problem], Composite]] = {
     "qkv_append": QKVAppend,
     "paged_attention": Attention,
     "sample": Sample,
+    "generic": Operator,
 }

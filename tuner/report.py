@@ -28,6 +28,7 @@ svg { display: block; } svg text { font: 11px system-ui, sans-serif; fill: #5760
 """
 _WIDTH, _HEIGHT = 760, 420  # of the roofline, in pixels
 _CURVE = 140, 32
+_LONG = 120  # letters of a field
 
 
 def write_report(logs: Path, output: Path) -> list[str]:
@@ -77,7 +78,7 @@ def _row(group: Sequence[Record]) -> str:
     default = next((r.us for r in group if r.trial == 1), None)
     gain = f"{1 - best.us / default:.1%}" if best and best.us and default else ""
     cells = [
-        f"{group[0].schedule} {_words(group[0].facts)}",
+        f"{group[0].schedule} {words(group[0].facts)}",
         str(group[0].rows),
         f"{default:.4g}" if default else "",
         f"{best.us:.4g}" if best else "",
@@ -87,7 +88,7 @@ def _row(group: Sequence[Record]) -> str:
         str(sum(bool(r.failure) for r in group)),
     ]
     texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    tile = html.escape(_words(best.tile)) if best else ""
+    tile = html.escape(words(best.tile)) if best else ""
     return f"<tr>{texts}<td>{_curve(group)}</td><td class=tile>{tile}</td></tr>"
 
 
@@ -95,8 +96,8 @@ def _best(group: Sequence[Record]) -> Record | None:
     return min((r for r in group if r.us is not None), key=lambda r: r.us or 0.0, default=None)
 
 
-def _words(text: str) -> str:
-    """The fields of facts or a tile that say something, without their nesting."""
+def words(text: str) -> str:
+    """The fields of facts or a tile that say something, without their nesting; long ones, as traces are, cut off."""
     words: list[str] = []
 
     def visit(name: str, value: object) -> None:
@@ -104,7 +105,8 @@ def _words(text: str) -> str:
             for key, inner in value.items():
                 visit(key, inner)
         elif value not in (None, False, ""):
-            words.append(name if value is True else f"{name} {value}")
+            said = str(value)
+            words.append(name if value is True else f"{name} {said if len(said) <= _LONG else said[:_LONG] + '...'}")
 
     visit("", {k: v for k, v in json.loads(text).items() if k != "is"})
     return ", ".join(words)

@@ -37,7 +37,7 @@ class Budget:
 @dataclass
 class Progress:
     """Where a task stands. last_gain: of the last batch, a part of the time before it. confirmed: the tile that was the
-    best and has been measured once more."""
+    best and has been measured once more. exhausted: whether the search knows of no more tiles."""
 
     task: Task
     measured: dict[str, Record] = field(default_factory=dict)
@@ -45,6 +45,7 @@ class Progress:
     batches: int = 0
     last_gain: float = 1.0
     confirmed: str = ""
+    exhausted: bool = False
     done: str = ""  # why nothing more is tried
 
     @property
@@ -95,8 +96,8 @@ class State:
             parts.append(1 - self.elapsed_s / self.budget.seconds)
         if self.budget.trials:
             parts.append(1 - self.trials / self.budget.trials)
-        total = sum(len(p.task.space) for p in self.tasks)
-        open_ = sum(len(p.task.space) - len(p.measured) for p in self.tasks if not p.done)
+        total = sum(p.task.size for p in self.tasks)
+        open_ = sum(p.task.size - len(p.measured) for p in self.tasks if not p.done)
         parts.append(open_ / max(1, total))
         return max(0.0, min(parts))
 
@@ -106,7 +107,7 @@ class State:
         spent = [self.budget.seconds - self.elapsed_s] if self.budget.seconds else []
         if self.trials:
             each = self.elapsed_s / self.trials
-            open_ = sum(len(p.task.space) - len(p.measured) for p in self.tasks if not p.done)
+            open_ = sum(p.task.size - len(p.measured) for p in self.tasks if not p.done)
             spent.append(each * open_)
             if self.budget.trials:
                 spent.append(each * (self.budget.trials - self.trials))
@@ -199,7 +200,7 @@ class Sweep:
             wait([future for *_, future in self._queue])
 
     def _next(self) -> Progress | None:
-        open_ = [p for p in self.state.tasks if not p.done and len(p.asked) < len(p.task.space)]
+        open_ = [p for p in self.state.tasks if not p.done and not p.exhausted and len(p.asked) < p.task.size]
         return max(open_, key=lambda p: (self._expected_gain(p), p.task.key), default=None)
 
     def _expected_gain(self, progress: Progress) -> float:
@@ -214,9 +215,13 @@ class Sweep:
     def _ask(self, progress: Progress) -> None:
         """A batch of a task into the queue."""
         task = progress.task
-        tiles = self.search.propose(task, progress.measured, progress.asked, BATCH)
+        count = min(BATCH, task.size - len(progress.asked))
+        tiles = self.search.propose(task, progress.measured, progress.asked, count)
         progress.batches += 1
         progress.last_gain *= 0.5
+        if not tiles:  # of a space that nobody can count
+            progress.exhausted = True
+            self._settle(progress)
         for tile in tiles:
             progress.asked.add(text_of(tile))
             self._queue.append((progress, tile, self._compiled(task, tile)))
@@ -269,12 +274,11 @@ class Sweep:
         """Measures the default and the best of each task once more, one after the other: the best of many is in part
         the luckiest, and a machine changes during a sweep."""
         for progress in self.state.tasks:
-            tiles = {text_of(tile): tile for tile in progress.task.space}
             while progress.best and progress.confirmed != progress.best.tile != progress.task.default_text:
                 if self.budget.seconds is not None and self.state.elapsed_s >= self.budget.seconds:
                     return
                 progress.confirmed = progress.best.tile
-                for tile in (progress.task.space[0], tiles[progress.best.tile]):
+                for tile in (progress.task.space[0], progress.task.tile_of(progress.best.tile)):
                     self._measure(progress, tile, self._compiled(progress.task, tile))
 
     def _settle(self, progress: Progress) -> None:
@@ -282,7 +286,9 @@ class Sweep:
         default = progress.default
         if default is not None and default.us is None:
             progress.done = f"the default tile failed ({default.failure}: {default.detail})"
-        elif len(progress.measured) >= len(progress.task.space):
+        elif len(progress.measured) >= progress.task.size or (
+            progress.exhausted and len(progress.measured) == len(progress.asked)
+        ):
             progress.done = "all tiles tried"
         elif progress.fraction and self.until <= progress.fraction <= _NO_FLOOR:
             progress.done = f"at {progress.fraction:.0%} of the floor"

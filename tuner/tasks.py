@@ -1,5 +1,6 @@
 """What there is to tune in a model: one task for each schedule, facts and number of rows, weighted by a workload."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +58,18 @@ class Task:
         return space_hash(self.space)
 
     @cached_property
+    def size(self) -> int:
+        """How many tiles are tried at most."""
+        return self.schedule.most_tiles or len(self.space)
+
+    def tile_of(self, text: str) -> Any:
+        """The tile of a text that a record of today's space has."""
+        found = next((tile for tile in self.space if text_of(tile) == text), None)
+        if found is not None or self.schedule.most_tiles is None:
+            return found
+        return self.schedule.tile_of({name: value for name, value in json.loads(text).items() if name != "is"})
+
+    @cached_property
     def default_text(self) -> str:
         """The tile that is taken where nothing is known."""
         return text_of(self.space[0])
@@ -94,6 +107,8 @@ class Task:
 
 def _words(spec: Any) -> str:
     """The extents of a spec, and what is fused."""
+    if hasattr(spec, "reference"):
+        return f"{spec.facts.operator} {spec.dtypes[-1]}[{'x'.join(map(str, spec.shapes[-1]))}]"
     if hasattr(spec, "out_features"):
         fused = [n for n in ("norm", "gated", "gate", "bias", "residual") if getattr(spec, n)]
         bits = f" a{spec.activation_bits}" if spec.dtype == "float32" else ""
@@ -109,10 +124,10 @@ def extract(mod: Any, target: Target, workload: Sequence[Step], order: Sequence[
     """The tasks of a module whose composites have not been lowered ("scheduled" without kernels), those with the most
     of the workload's time first. Calls of equal facts and rows are one task, whichever function makes them."""
     found: dict[Key, Task] = {}
-    steps = _steps(mod)
+    steps = steps_of(mod)
     share = sum(step.share for step in workload)
     for name, func in steps.items():
-        run = [step for step in workload if _function(step, steps) == name]
+        run = [step for step in workload if function_of(step, steps) == name]
         for call, symbol in _composite_calls(mod, func):
             parts = _parts(call, target, order)
             for part in parts:
@@ -126,7 +141,8 @@ def extract(mod: Any, target: Target, workload: Sequence[Step], order: Sequence[
     return sorted(found.values(), key=lambda task: (-task.load_us, task.key))
 
 
-def _steps(mod: Any) -> Mapping[str, Any]:
+def steps_of(mod: Any) -> Mapping[str, Any]:
+    """The functions that run an engine's steps, by name."""
     names = {g.name_hint: f for g, f in mod.functions.items()}
     return {name: func for name, func in names.items() if name == _STEP or name.startswith(f"{_STEP}_")}
 
@@ -157,7 +173,7 @@ def _task(schedule: Schedule, call: Call, target: Target) -> Task:
     return Task(schedule, schedule.match(call, target), call, target, why_not=why_not)
 
 
-def _function(step: Step, names: Collection[str]) -> str:
+def function_of(step: Step, names: Collection[str]) -> str:
     """The function that an engine runs a step by: the smallest that fits."""
     if step.decode and f"{_STEP}_{step.sequences}" in names:
         return f"{_STEP}_{step.sequences}"

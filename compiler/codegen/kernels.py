@@ -100,7 +100,9 @@ def _compiler(target: Target) -> tuple[str, ...]:
 
 def _bare(func: Any) -> Any:
     """A kernel without what only we read of it."""
-    return func.without_attr("tw.kernel").without_attr("tw.content")
+    for name in ("tw.kernel", "tw.content", "tw.plain"):
+        func = func.without_attr(name)
+    return func
 
 
 def _compile_one(
@@ -120,7 +122,9 @@ def _compile_one(
 def _compile(func: Any, name: str, target: Target, file: Path) -> None:
     import tvm
 
-    executable = build_llvm(tvm.IRModule({name: _bare(func)}), llvm_target(target))
+    module, machine = tvm.IRModule({name: _bare(func)}), llvm_target(target)
+    plain = "tw.plain" in (func.attrs or {})  # as it is compiled within a program, with all of TVM's passes
+    executable = tvm.compile(module, machine) if plain else build_llvm(module, machine)
     _write(file, _object_code(executable.mod))
 
 

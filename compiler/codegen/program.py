@@ -4,15 +4,15 @@ import contextlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.codegen.c_compiler import c_compiler
 from tilewright.compiler.codegen.cuda_module import cuda_codegen, load_device_part
-from tilewright.compiler.codegen.held_calls import hold_calls, release_calls
 from tilewright.compiler.codegen.kernels import device_part
 from tilewright.compiler.codegen.llvm_target import llvm_target
+from tilewright.compiler.codegen.plain_operators import Operator, fuse, operators, replaced
 from tilewright.compiler.errors import CompileError, TargetError
 from tilewright.compiler.targets.base import Target
 
@@ -20,16 +20,25 @@ from tilewright.compiler.targets.base import Target
 _ROOM_BYTES = 64 << 20
 
 
-def build_program(mod: Any, target: Target) -> tuple[Any, Mapping[str, int]]:
+def _none_tuned(found: Sequence[Operator]) -> Mapping[str, Any]:
+    return {}
+
+
+def build_program(
+    mod: Any, target: Target, tuned: Callable[[Sequence[Operator]], Mapping[str, Any]] = _none_tuned
+) -> tuple[Any, Mapping[str, int]]:
     """A Relax VM executable of a scheduled module without its kernels, and each function's planned workspace in bytes.
 
-    What no schedule took is lowered by TVM; for a GPU it becomes kernels of one thread an element. Weights become one
-    tuple argument, so that a call passes a handful of values, whatever the number of layers.
+    What no schedule took is lowered by TVM; for a GPU it becomes kernels of one thread an element. tuned: asked, for a
+    CPU, which of these plain operators to lower from another PrimFunc, by name. Weights become one tuple argument, so
+    that a call passes a handful of values, whatever the number of layers.
     """
     import tvm
 
     with _codegen(target) as machine:
-        fused = release_calls(tvm.transform.Sequential(_fusing())(hold_calls(mod)))
+        fused = fuse(mod)
+        if target.kind == "cpu":
+            fused = replaced(fused, tuned(operators(fused)))
         lowered = tvm.transform.Sequential([*_device_schedules(target), *_lowering()])(fused)
         planned = _order_shape_stores(tvm.transform.Sequential(_finalising())(lowered))
         executable = tvm.compile(planned, machine, relax_pipeline=tvm.transform.Sequential([]))
@@ -45,20 +54,6 @@ def _codegen(target: Target) -> Iterator[Any]:
     else:
         with llvm_target(target) as machine:
             yield machine
-
-
-def _fusing() -> list[Any]:
-    from tvm.relax import transform
-
-    return [
-        transform.BundleModelParams("weights"),
-        transform.LegalizeOps(),
-        transform.AnnotateTIROpPattern(),
-        transform.FoldConstant(),
-        transform.FuseOps(),
-        transform.FuseTIR(),
-        transform.DeadCodeElimination(),
-    ]
 
 
 def _device_schedules(target: Target) -> list[Any]:

@@ -11,6 +11,7 @@ from tilewright.schedules.cuda.sample_kernel import sample_kernel
 from tilewright.schedules.cuda.sample_row import RowLayout
 
 OTHER_BYTES = 10 << 10  # of shared memory, besides the scores
+_THREADS = 256  # of each of a cluster's blocks
 _MOST_TOKENS = 1 << 24  # counts are float32 where thresholds are searched
 
 
@@ -54,9 +55,10 @@ class Sample(Schedule):
         return SampleFacts(spec)
 
     def space(self, facts: SampleFacts, target: Target) -> Sequence[SampleTile]:
+        """One tile: the sums of a row are made of one a thread, so another number of threads gives other bits."""
         if not (target.has("tma") and target.has("wgmma")):
             return [SampleTile(1, 512, False)]
-        return [_clustered(facts.spec.vocab, threads, target) for threads in (256, 512)]
+        return [_clustered(facts.spec.vocab, target)]
 
     def floor(self, facts: SampleFacts, target: Target) -> Floor:
         """A greedy row: its logits once, an exponential each."""
@@ -79,10 +81,10 @@ class Sample(Schedule):
         return Lowering((call,), tuple(o.name for o in results))
 
 
-def _clustered(vocab: int, threads: int, target: Target) -> SampleTile:
+def _clustered(vocab: int, target: Target) -> SampleTile:
     """Eight blocks a row, as many side by side as fit."""
-    scores_bytes = 4 * RowLayout(vocab, 8, threads).slice
-    for blocks in range(768 // threads, 0, -1):
+    scores_bytes = 4 * RowLayout(vocab, 8, _THREADS).slice
+    for blocks in range(768 // _THREADS, 0, -1):
         if blocks * (scores_bytes + OTHER_BYTES + 1024) <= target.shared_memory_bytes + 1024:
-            return SampleTile(8, threads, True, blocks)
-    return SampleTile(8, threads, False, 1024 // threads)
+            return SampleTile(8, _THREADS, True, blocks)
+    return SampleTile(8, _THREADS, False, 1024 // _THREADS)
