@@ -62,6 +62,7 @@ def served(mod, formats: tuple[tuple[str, str], ...]):
         max_batch=4,
         top_logprobs=5,
         choose=lambda *_: None,
+        takes_norm=lambda spec: True,
     )
     for stage, passes in pipeline(options)[:2]:
         for p in passes:

@@ -116,7 +116,7 @@ class FakeModel:
         owner = np.searchsorted(batch.indptr, batch.rows, side="right") - 1
         contexts = [self._read(batch, i) for i in range(len(batch.kv_len))]
         self.steps.append((len(batch.tokens), len(batch.kv_len)))
-        self.clock.now_s += self.costs.step_s(len(batch.tokens), len(batch.kv_len), int(batch.kv_len.sum()))
+        self.clock.now_s += self.costs.step_s(Work.of(batch))
         states = [state(contexts[i][: batch.positions[row] + 1]) for i, row in zip(owner, batch.rows, strict=True)]
         return np.array(states, np.float32).reshape(len(states), HIDDEN)
 
