@@ -18,6 +18,7 @@ checked against. Shapes are written with n or t (tokens), H (query heads), G (KV
 | embedding | table[V,K] tokens[n] | [n,K] | fused, served |
 | kv_append | pages k[t,G,D] v[t,G,D] slots[t] layer | pages | served |
 | paged_attention | q[t,H,D] pages, positions to phases of `STEP_INPUTS` but slots, layer (sinks) | [t,H,D] | served |
+| angles | positions[t] frequencies[D/2] | (cos[t,D/2], sin[t,D/2]) | served, on a GPU |
 | qkv_append | qkv[t,(H+2G)D] cos sin (q_norm[D] k_norm[D]) pages slots layer | (q[t,H,D], pages) | served |
 | sample | logits[r,V] and `SAMPLING_INPUTS` | (ids[r], logprobs[r], top_ids[r,L], top_logprobs[r,L]) | served |
 """
@@ -49,6 +50,13 @@ class RopeSpec:
     """Rotation of the pairs (i, i + D/2) ("half"): [a*cos - b*sin, b*cos + a*sin]. Su et al. 2021."""
 
     heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AnglesSpec:
+    """cos and sin of position * frequency, in float32, for rotations of heads of size D = head_dim."""
+
     head_dim: int
 
 
@@ -212,6 +220,7 @@ SPECS: dict[str, type] = {
     "embedding": EmbeddingSpec,
     "kv_append": AppendSpec,
     "paged_attention": PagedAttentionSpec,
+    "angles": AnglesSpec,
     "qkv_append": QKVAppendSpec,
     "sample": SampleSpec,
 }

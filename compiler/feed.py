@@ -3,8 +3,7 @@
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
-from tvm.relax import op
+from tvm import relax, te, tirx
 
 
 def add_feed(mod: tvm.IRModule) -> tvm.IRModule:
@@ -19,14 +18,17 @@ def add_feed(mod: tvm.IRModule) -> tvm.IRModule:
     builder = relax.BlockBuilder()
     with builder.function("feed", [tokens, ids]):
         with builder.dataflow():
-            output = builder.emit_output(_fed(builder.emit, tokens, ids))
+            output = builder.emit_output(builder.call_te(_fed, tokens, ids))
         builder.emit_func_output(output)
-    functions: dict[Any, Any] = dict(mod.functions.items())
-    functions["feed"] = builder.get()["feed"]
+    functions: dict[Any, Any] = {**builder.get().functions, **mod.functions}
     return tvm.IRModule(functions, mod.attrs)
 
 
-def _fed(emit: Any, tokens: Any, ids: Any) -> Any:
-    rows = emit(op.subtract(relax.const(-1, "int32"), tokens))
-    drawn = emit(op.take(ids, rows, axis=0, mode="clip"))
-    return op.where(emit(op.less(tokens, relax.const(0, "int32"))), drawn, tokens)
+def _fed(tokens: Any, ids: Any) -> Any:
+    """One loop, for one launch. A row that no step drew is clipped."""
+
+    def token(i: Any) -> Any:
+        row = tirx.max(tirx.min(-1 - tokens[i], tirx.Cast("int32", ids.shape[0] - 1)), 0)
+        return tirx.if_then_else(tokens[i] < 0, ids[row], tokens[i])
+
+    return te.compute(tokens.shape, token, name="fed")

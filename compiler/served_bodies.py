@@ -16,6 +16,7 @@ from tilewright.compiler.bodies import cast, gated, rms_norm, rope
 from tilewright.compiler.composites import (
     SAMPLING_INPUTS,
     STEP_INPUTS,
+    AnglesSpec,
     AppendSpec,
     EmbeddingSpec,
     KVFormat,
@@ -264,6 +265,18 @@ def _qkv_append(builder: relax.BlockBuilder, spec: QKVAppendSpec) -> _Body:
     return [qkv, cos, sin, *norms, pages, slots, layer], body
 
 
+def _angles(builder: relax.BlockBuilder, spec: AnglesSpec) -> _Body:
+    t, half = tirx.Var("t", "int64"), spec.head_dim // 2
+    positions, frequencies = tensor("positions", (t,), "int32"), tensor("frequencies", (half,))
+
+    def body(emit: Emit) -> Expr:
+        column = emit(op.reshape(cast(emit, positions, "float32"), (t, 1)))
+        angles = emit(op.multiply(column, frequencies))
+        return relax.Tuple([emit(op.cos(angles)), emit(op.sin(angles))])
+
+    return [positions, frequencies], body
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed weights
 
@@ -350,6 +363,7 @@ def _sample(builder: relax.BlockBuilder, spec: SampleSpec) -> _Body:
 BODIES: dict[str, Callable[[relax.BlockBuilder, Any], _Body]] = {
     "kv_append": _kv_append,
     "paged_attention": _paged_attention,
+    "angles": _angles,
     "qkv_append": _qkv_append,
     "linear": _linear,
     "embedding": _embedding,

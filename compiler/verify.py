@@ -34,7 +34,7 @@ from tilewright.compiler.relax_utils import (
 )
 
 FUSED = frozenset(["attention", "rope", "rms_norm", "gated", "linear", "embedding"])
-SERVED = FUSED - {"attention"} | {"kv_append", "paged_attention", "qkv_append", "sample"}
+SERVED = FUSED - {"attention"} | {"angles", "kv_append", "paged_attention", "qkv_append", "sample"}
 KERNEL_CALLS = frozenset(["call_dps_packed", "call_tir", "call_tir_inplace"])
 
 

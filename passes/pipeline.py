@@ -10,6 +10,7 @@ from tilewright.compiler.pass_base import Pass
 from tilewright.passes.apply_schedules import ApplySchedules
 from tilewright.passes.canonicalize import Canonicalize
 from tilewright.passes.combine_projections import CombineProjections
+from tilewright.passes.fuse_angles import FuseAngles
 from tilewright.passes.fuse_attention import FuseAttention
 from tilewright.passes.fuse_gated_mlp import FuseGatedMlp
 from tilewright.passes.fuse_linear import FuseLinear
@@ -77,7 +78,7 @@ def pipeline(options: PipelineOptions) -> tuple[tuple[str, tuple[Pass, ...]], ..
                 QuantizeWeights(formats=o.formats, narrow=o.narrow),
                 FuseQKVAppend(),
                 FuseLinearNeighbours(gate_after=not full, takes_norm=o.takes_norm),
-                *(() if full else (LowerPrecision(dtype=o.activations),)),
+                *(() if full else (FuseAngles(), LowerPrecision(dtype=o.activations))),
                 LowerSampling(top_logprobs=o.top_logprobs),
                 PlanBuckets(
                     decode=o.decode_buckets,

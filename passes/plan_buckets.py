@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import ir, relax, tirx
 
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.pass_base import Pass
+from tilewright.compiler.relax_utils import op_name
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class PlanBuckets(Pass):
     after    step(tokens[t], ...)        tir_var_upper_bound = {t: max_tokens, b: max_batch, r: max_batch}
              step_1(tokens[1], ..., kv_len[1], rows[1], ...)      one token of one sequence, static
              step_decode(tokens[n], ..., kv_len[n], rows[n], ...)         tir_var_upper_bound = {n: max_batch}
+
+    before   last = take(h, rows)                # in step
+    after    last = h                            # in the others: row i of a decode batch is its token i
 
     decode: sizes with a static step. any_decode: whether there is a step for decode batches of any size, where kernels
     can do without what only prompts need.
@@ -60,7 +64,20 @@ class PlanBuckets(Pass):
 
 
 def _decoding(func: relax.Function, name: str, size: Any) -> relax.Function:
-    """The function with one token for each of `size` sequences."""
+    """The function with one token for each of `size` sequences, all of them wanted, in order."""
     sizes = {v.name: size for v in relax.analysis.defined_symbolic_vars(func) if v.name in ("t", "b", "r")}
     decoding = relax.utils.copy_with_new_vars(func).bind_symbolic_vars(sizes)
-    return decoding.with_attrs({"global_symbol": name, "tw.decode": True})
+    return _without_selection(decoding).with_attrs({"global_symbol": name, "tw.decode": True})
+
+
+def _without_selection(func: relax.Function) -> relax.Function:
+    rows = next(p for p in func.params if p.name == "rows")
+
+    @relax.expr_functor.mutator
+    class Rewrite(relax.PyExprMutator):
+        def visit_call_(self, call: ir.Call) -> Any:
+            call = super().visit_call_(call)
+            selects = op_name(call) == "take" and call.args[1].same_as(rows)
+            return call.args[0] if selects else call
+
+    return Rewrite().visit_expr(func)

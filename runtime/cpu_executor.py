@@ -50,7 +50,7 @@ class CpuExecutor:
         """Appends the batch's tokens to their pages and samples one token for each wanted row."""
         arrays = (*batch.step_inputs(), *batch.sampling_inputs())
         inputs = [self._buffers.fill(name, array) for name, array in zip(_INPUTS, arrays, strict=True)]
-        function = self._functions[self._bucket(len(batch.tokens), len(batch.kv_len), len(batch.rows))]
+        function = self._functions[self._bucket(batch)]
         ids, logprobs, top_ids, top_logprobs = function(*inputs, self._pages_tensor, self.weights)
         return StepResult(
             token_ids=np.from_dlpack(ids).copy(),
@@ -88,11 +88,12 @@ class CpuExecutor:
         array = np.frombuffer(mmap.mmap(-1, size), np.uint8).view(dtype).reshape(shape)
         return array, self.ffi.from_dlpack(array)
 
-    def _bucket(self, tokens: int, sequences: int, rows: int) -> str:
+    def _bucket(self, batch: StepBatch) -> str:
+        tokens = len(batch.tokens)
         for bucket in self.manifest.buckets:
-            if bucket.static and tokens == sequences == rows == bucket.tokens:
+            if bucket.static and tokens == bucket.tokens and batch.one_each:
                 return bucket.function
-        most = max(tokens, sequences, rows)
+        most = max(tokens, len(batch.kv_len), len(batch.rows))
         return next(b.function for b in self.manifest.buckets if not b.static and most <= b.tokens)
 
 

@@ -214,6 +214,12 @@ class StepBatch:
     bias_values: np.ndarray
     alternatives: np.ndarray
 
+    @property
+    def one_each(self) -> bool:
+        """Whether every sequence has one token, and row i is that of sequence i: what steps for decode batches take."""
+        count = len(self.tokens)
+        return count == len(self.kv_len) == len(self.rows) and bool((self.rows == np.arange(count)).all())
+
     def step_inputs(self) -> tuple[np.ndarray, ...]:
         """In the order of STEP_INPUTS."""
         return tuple(getattr(self, name) for name in STEP_INPUTS)

@@ -23,6 +23,7 @@ from tilewright.schedules.cpu.qkv_append import QKVAppend
 from tilewright.schedules.cpu.rms_norm import RMSNorm
 from tilewright.schedules.cpu.rope import Rope
 from tilewright.schedules.cpu.sample import Sample
+from tilewright.schedules.cuda.angles import Angles as CudaAngles
 from tilewright.schedules.cuda.embedding import Embedding as CudaEmbedding
 from tilewright.schedules.cuda.gated import Gated as CudaGated
 from tilewright.schedules.cuda.linear import Linear as CudaLinear
@@ -54,6 +55,7 @@ ORDER: tuple[Schedule, ...] = (
     # NVIDIA GPUs.
     CudaLinear(),
     CudaLinearMma(),
+    CudaAngles(),
     CudaEmbedding(),
     CudaRMSNorm(),
     CudaGated(),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.compiler.composites import EmbeddingSpec, GatedSpec, LinearSpec, NormSpec, RopeSpec
+from tilewright.compiler.composites import AnglesSpec, EmbeddingSpec, GatedSpec, LinearSpec, NormSpec, RopeSpec
 from tilewright.tuner.problem_base import (
     CLOSE,
     CLOSE_BITS,
@@ -58,6 +58,23 @@ class Rope(Composite):
 
     def compared(self, arguments: Sequence[Any], results: Sequence[Array]) -> list[Compared]:
         return [Compared("y", results[0], rotated(*arguments), self.close)]
+
+
+class Angles(Composite):
+    spec: AnglesSpec
+
+    def arguments(self, rng: Rng) -> list[Array | int]:
+        half = self.spec.head_dim // 2
+        frequencies = 1e4 ** (-np.arange(half) / half)
+        return [rng.integers(0, 1 << 17, self.rows).astype(np.int32), frequencies.astype(np.float32)]
+
+    def compared(self, arguments: Sequence[Any], results: Sequence[Array]) -> list[Compared]:
+        positions, frequencies = arguments
+        angles = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)
+        return [
+            Compared(name, result, turn(angles), self.close)
+            for name, result, turn in zip(("cos", "sin"), results, (np.cos, np.sin), strict=True)
+        ]
 
 
 def _weight(name: str, n: int, k: int, rng: Rng) -> Array:

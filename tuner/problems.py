@@ -16,7 +16,7 @@ from tilewright.compiler.calls import Call
 from tilewright.tuner.problem_base import Array, Composite, distance
 from tilewright.tuner.problem_operator import Operator
 from tilewright.tuner.problem_pages import Append, Attention, QKVAppend
-from tilewright.tuner.problem_rows import Embedding, Gated, Linear, Norm, Rope
+from tilewright.tuner.problem_rows import Angles, Embedding, Gated, Linear, Norm, Rope
 from tilewright.tuner.problem_sample import Sample
 
 
@@ -89,6 +89,7 @@ _COMPOSITES: dict[str, Callable[[Problem], Composite]] = {
     "rms_norm": Norm,
     "gated": Gated,
     "rope": Rope,
+    "angles": Angles,
     "embedding": Embedding,
     "kv_append": Append,
     "qkv_append": QKVAppend,

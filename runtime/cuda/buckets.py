@@ -7,11 +7,11 @@ from tilewright.runtime.types import StepBatch
 
 
 def choose(buckets: Sequence[Bucket], batch: StepBatch) -> Bucket:
-    """A batch of generated tokens, one a sequence, goes into the smallest static step that holds it; any other, and one
-    that is too large, into the smallest step of open size. A prompt's last token alone is still a prompt's."""
-    tokens, sequences = len(batch.tokens), len(batch.kv_len)
-    most = max(tokens, sequences, len(batch.rows))
-    decoding = tokens == sequences and bool(batch.phases.all())
+    """A batch of generated tokens, one a sequence and all of them wanted, goes into the smallest static step that holds
+    it; any other, and one that is too large, into the smallest step of open size. A prompt's last token alone is still
+    a prompt's."""
+    most = max(len(batch.tokens), len(batch.kv_len), len(batch.rows))
+    decoding = batch.one_each and bool(batch.phases.all())
     fitting = [b for b in buckets if b.tokens >= most and (decoding or not b.static)]
     return min(fitting, key=lambda b: (not b.static, b.tokens))
 

@@ -9,6 +9,7 @@ from tests.passes.scheduled_models import served_model
 from tests.passes.served_models import Batch, Tiny, composite_names, random_params, round_trip
 from tests.passes.test_lower_sampling import sampling_arrays
 from tilewright.compiler.errors import CompileError
+from tilewright.compiler.relax_utils import bindings, op_name
 from tilewright.compiler.verify import verify
 from tilewright.passes.plan_buckets import PlanBuckets
 
@@ -56,6 +57,11 @@ def test_a_bucket_is_static_in_tokens_sequences_and_rows(after: tvm.IRModule, si
     assert shapes["page_indices"] == ["p"] and shapes["pages"][1] == "num_pages"
     assert {v.name for v in relax.analysis.defined_symbolic_vars(func)}.isdisjoint("tbr")
     assert composite_names(after, f"step_{size}") == composite_names(after, "step")
+
+
+def test_only_the_general_step_selects_rows(after: tvm.IRModule) -> None:
+    taken = {name: [op_name(b.value) for b in bindings(after[name])].count("take") for name in ("step", "step_1")}
+    assert taken["step"] > 0 and taken["step_1"] == 0
 
 
 def test_a_bucket_gives_the_bits_of_the_step(after: tvm.IRModule) -> None:

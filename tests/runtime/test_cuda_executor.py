@@ -145,6 +145,9 @@ def test_buckets() -> None:
     decodes = replace(prompts, phases=np.ones(3, np.int32))
     assert choose(buckets, decodes) == Bucket("step_4", 4, True)
     assert padded(choose(buckets, decodes), decodes) == {"t": 4, "b": 4, "r": 4}
+    for rows in ([0, 2, 1], [0, 0, 2], [0, 1]):
+        chosen = choose(buckets, replace(decodes, rows=np.array(rows, np.int32)))
+        assert chosen.function == "step_t5", "a static step gives the rows in the order of its tokens"
     many = batch_of(Bench(), [([1], 1)] * 5)
     many = replace(many, phases=np.ones(5, np.int32))
     assert choose(buckets, many).function == "step_t5", "no static step is large enough"

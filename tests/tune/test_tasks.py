@@ -89,7 +89,7 @@ def test_a_gpu_has_a_task_for_each_number_of_rows_that_is_told_apart(tmp_path: P
     found = plan(str(tmp_path), options, "mixed", lambda _: None)
     rows = {task.rows for task in found.tasks if task.schedule.name == "linear"}
     assert rows == {8, 16, 64, 128, 512}  # steps of 1, 4, 16, 64 sequences, prompts of 128 and 512 tokens
-    assert {task.schedule.name for task in found.tasks} > {"linear", "paged_attention", "rms_norm"}
+    assert {task.schedule.name for task in found.tasks} > {"linear", "paged_attention", "angles"}
     assert not any(task.why_not for task in (*found.tasks, *found.skipped))
     assert {task.rows for task in found.skipped if task.schedule.name == "linear"} > {32, 96, 384}
 
