@@ -106,6 +106,7 @@ def test_compile_passes_its_options_on(run, compiler, tmp_path):
                 "max_tokens": 64,
                 "page_size": 8,
                 "strict": False,
+                "pooling": "last",
                 "dump": tmp_path,
                 "logs": None,
             },

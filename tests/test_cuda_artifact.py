@@ -6,6 +6,7 @@ a new one, fails a test until somebody has said what it has to look like.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from tilewright.compiler.frontends.packages import PACKAGED_MODELS
 from tilewright.schedules.cuda.linear import Linear
 
 # Every schedule that a Llama's step consists of.
-SCHEDULES = {"embedding", "linear", "paged_attention", "qkv_append", "rms_norm", "sample"}
+SCHEDULES = {"angles", "embedding", "linear", "paged_attention", "qkv_append", "rms_norm", "sample"}
 
 STEPS = ("step", "step_decode")  # of any tokens, and of one generated token each of some sequences
 
@@ -111,11 +112,13 @@ def test_every_kernel_is_known_and_there(compiled: Compiled) -> None:
     layers = compiled.artifact.manifest.model["layers"]
     for step in STEPS:
         counts = {schedule: compiled.calls(schedule, step) for schedule in SCHEDULES - {"paged_attention"}}
-        # Two norms of a layer: of a small model in its linears, beside which they are called for many tokens.
+        # Two norms of a layer: of a small model in its linears, beside which they are called for many tokens. But the
+        # last layer's second one, after attention, has wanted rows alone, of which there is one here.
         norms = 2 * layers if compiled.small else 0
         assert counts == {
+            "angles": 1,
             "embedding": 1,
-            "linear": 4 * layers + 1 + (norms if step == "step" else 0),
+            "linear": 4 * layers + 1 + (norms - compiled.small if step == "step" else 0),
             "qkv_append": layers,
             "rms_norm": 2 * layers - norms + 1,
             "sample": 1,
@@ -128,7 +131,7 @@ def test_linears_multiply_by_wgmma_what_tma_loads(compiled: Compiled) -> None:
     assert len(linears) >= 8, "four of a layer and the logits', for few tokens and for many; some may be the same"
     with ThreadPoolExecutor() as pool:  # a disassembler each
         for kernel, sass in zip(linears, pool.map(lambda k: compiled.code(k).sass, linears), strict=True):
-            if "MMA" not in sass:
+            if not re.search(r"\bHG?MMA\b", sass):
                 assert compiled.small and "MUFU.RSQ" in sass, "a norm before linears for many tokens"
             elif kernel["tile"].keys() == {"warps"}:
                 assert kernel["max_rows"] <= 8 and "HMMA" in sass and "UTMALDG" not in sass, kernel["name"]
@@ -154,10 +157,11 @@ def test_attention_multiplies_prompts_by_wgmma(compiled: Compiled) -> None:
 
 
 def test_no_kernel_spills(compiled: Compiled) -> None:
-    """Neither registers nor arrays in local memory."""
+    """Neither registers nor arrays in local memory, but for cosf's own table for angles above 100,000 radians."""
     spilling = [
         f"{kernel['name']}: {resources}"
         for kernel in compiled.kernels()
+        if kernel["schedule"] != "angles"
         for resources in [compiled.code(kernel).resources]
         if resources["STACK"] or resources["LOCAL"]
     ]

@@ -229,7 +229,7 @@ def test_a_kernel_cache_that_fills_up(tmp_path, monkeypatch):
     monkeypatch.setattr("tvm.compile", lambda *_: type("Executable", (), {"mod": None}))
     monkeypatch.setattr("tvm.IRModule", lambda functions: functions)
     monkeypatch.setattr(kernels, "llvm_target", lambda target: None)
-    func = type("Func", (), {"without_attr": lambda self, name: self})()
+    func = type("Func", (), {"attrs": {}, "without_attr": lambda self, name: self})()
     with pytest.raises(CompileError, match=r"the kernel cache .* can't be written to \(No space left on device\)"):
         kernels._compile(func, "k", None, tmp_path / "k.o")
     assert list(tmp_path.iterdir()) == []
