@@ -71,7 +71,7 @@ class _Table:
     def rule(self, index: int) -> Rule:
         def emit(emitter: Emitter) -> Expr:
             if self._call is None:
-                spec = AnglesSpec(2 * static_shape(self._frequencies)[0])
+                spec = AnglesSpec(2 * self._frequencies.value.numpy().size)
                 function = add_served_composite(emitter.builder, "angles", spec)
                 call = relax.Call(function, [emitter.map(self._positions), self._frequencies])
                 self._call = emitter(call, "angles")
