@@ -3,7 +3,7 @@
     python bench/tune.py measure smollm2-135m --logs build/tune     every tile of the tasks; again continues
     python bench/tune.py search smollm2-135m --logs build/tune      the searches, replayed on these records
     python bench/tune.py race smollm2-135m --budget 30s             the searches and MetaSchedule's, live, from nothing
-    python bench/tune.py gains smollm2-135m --logs build/tune       the default and the best of each task
+    python bench/tune.py gains NAME --logs FOLDER                   the default and the best of each task in a folder
     python bench/tune.py kills smollm2-135m --logs build/kills      a sweep, killed at random moments; again kills on
     python bench/tune.py survived smollm2-135m --logs build/kills   its end, beside a sweep that is left alone
     python bench/tune.py fresh NAME --logs FOLDER                   a sweep's log folder beside the committed records
@@ -13,8 +13,8 @@ records of one task, with many seeds, and once more with the records of the othe
 does, from the schedule's own guess on, which often is the best; then with the space in random order, so that only what
 was measured helps. On a CPU, where spaces are small, --wide takes all tiles that linear_block_gemm's kernels can be
 made with. `race` runs on linears of up to 16 rows, each search within the budget: MetaSchedule has the same computation
-as plain loops (tune_race.py), and where it does not come within 5 % of the best its line says what it reached. `fresh`
-needs the two log folders alone, neither model nor device: NAME is what its lines call the model. Lines go to
+as plain loops (tune_race.py), and where it does not come within 5 % of the best its line says what it reached. `gains`
+and `fresh` need log folders alone, neither model nor device: NAME is what their lines call the model. Lines go to
 bench/results/tune.jsonl.
 """
 
@@ -59,8 +59,8 @@ def main() -> None:
     if args.what in ("kills", "survived"):
         (kills if args.what == "kills" else survived)(args)
         return
-    if args.what == "fresh":
-        fresh(args)
+    if args.what in ("fresh", "gains"):
+        (fresh if args.what == "fresh" else gains)(args)
         return
     plan = make_plan(args)
     if args.what == "measure":
@@ -72,7 +72,7 @@ def main() -> None:
         tune_race.race(tasks, tuning.parse_budget(args.budget), args.trials, CLOSE, results(args))
         return
     records = [record for file in sorted(args.logs.glob("*/*.jsonl")) for record in read_file(file)[0]]
-    (search if args.what == "search" else gains)(plan, records, results(args))
+    search(plan, records, results(args))
 
 
 def parse() -> argparse.Namespace:
@@ -172,23 +172,9 @@ def trials(task: Task, own: dict[str, Record], tried: Search) -> int:
 # ---- what it gains ---------------------------------------------------------------------------------------------------
 
 
-def gains(plan: Plan, records: Sequence[Record], out: Results) -> None:
-    """The best of each task, and the default beside it."""
-    for task in plan.tasks:
-        mine = [r for r in records if (r.schedule, r.facts, r.rows) == task.key and r.space == task.space_hash and r.us]
-        default = next((r for r in mine if r.tile == task.default_text), None)
-        if default is None:
-            continue
-        best = min(mine, key=lambda r: r.us or 0.0)
-        facts = {
-            "task": task.name,
-            "tile": best.tile,
-            "default_us": default.us,
-            "of_floor": best.of_floor,
-            "tried": len(mine),
-        }
-        gain = round(1 - (best.us or 0.0) / (default.us or 1.0), 4)
-        out.add("gain", "tilewright", [*(best.spread_us or ()), best.us or 0.0], **facts, gain=gain)
+def gains(args: argparse.Namespace) -> None:
+    records = tune_fresh.read_folder(args.logs)
+    tune_fresh.report_gains(records, results(args, tune_fresh.one_device(records, args.logs)))
 
 
 # ---- what a sweep finds that the committed records don't say ---------------------------------------------------------

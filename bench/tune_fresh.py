@@ -1,4 +1,4 @@
-"""A fresh sweep's log folder beside the records that are committed: whether these still say what is fastest."""
+"""What folders of records say by themselves: what tuning gained, and whether a fresh sweep finds faster tiles."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,3 +120,23 @@ def report(fresh: Sequence[Record], committed: Sequence[Record], out: Results) -
     if not with_both:
         raise SystemExit("no task of the sweep has a committed record of its space on the same device")
     out.add("fresh-sweep", "tilewright", [task.ratio for task in with_both if task.ratio], **counts)
+
+
+def report_gains(records: Sequence[Record], out: Results) -> None:
+    """A line for each task whose default tile was measured: its best beside it."""
+    for mine in by_task(records).values():
+        newest = max(mine, key=lambda record: record.date or "").space
+        valid = [record for record in mine if record.space == newest and record.us]
+        default = next((record for record in valid if record.trial == 1), None)
+        best = fastest(valid)
+        if default is None or best is None or not default.us or not best.us:
+            continue
+        facts = {
+            "task": f"{best.schedule} {words(best.facts)} m={best.rows}",
+            "tile": best.tile,
+            "default_us": default.us,
+            "of_floor": best.of_floor,
+            "tried": len(valid),
+        }
+        gain = round(1 - best.us / default.us, 4)
+        out.add("gain", "tilewright", [*(best.spread_us or ()), best.us], **facts, gain=gain)
