@@ -21,11 +21,11 @@ from results_file import Results, about
 from serving_client import between_ms
 
 from tilewright import Engine, EngineLimits, SamplingParams
+from tilewright.runtime.server import memory
 from tilewright.runtime.server.app import create_app
 from tilewright.runtime.server.lifecycle import Server, bind
 from tilewright.runtime.server.served import Served
 from tilewright.runtime.server.service import Service
-from tilewright.runtime.types import DeviceLimits, StepBatch, StepResult
 
 HERE = Path(__file__).parent
 STREAMS, STEP_S, ANSWER = 100, 0.02, 300
@@ -37,6 +37,7 @@ WORDS = ["the", "river", "mountain", "compiler", "page", "of", "under", "quick",
 def run(args: argparse.Namespace) -> None:
     from compile_time import processor
 
+    memory.settle()  # as `tilewright serve` does
     wanted = set(args.only or SERVING_CASES)
     results = Results(
         args.results or HERE / "results" / "serving.jsonl",
@@ -68,33 +69,11 @@ def run(args: argparse.Namespace) -> None:
 # -- what HTTP adds ----------------------------------------------------------------------------------------------------
 
 
-class StubModel:
-    """A step of a fixed time that says letters, without a lock held meanwhile, as a compiled step is."""
-
-    limits = DeviceLimits(128, 4096, 1024, 16, 8192, 256, 1)
-    runs_ahead, swap, load_s = False, None, 0.0
-
-    def __init__(self) -> None:
-        from tests.fake_model import FakeTokenizer
-
-        self.tokenizer = FakeTokenizer()
-
-    def launch(self, batch: StepBatch) -> StepResult:
-        time.sleep(STEP_S)
-        rows = len(batch.rows)
-        none = np.zeros((rows, 1), np.float32)
-        return StepResult(np.full(rows, ord("a"), np.int32), np.zeros(rows, np.float32), none.astype(np.int32), none)
-
-    def collect(self, pending: StepResult) -> StepResult:
-        return pending
-
-    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
-        pass
-
-
 def http_overhead() -> float:
     """Milliseconds: the 99th percentile of times between tokens by HTTP, less that of the engine's own streams."""
-    model: Any = StubModel()
+    from serving_stub import StubModel
+
+    model: Any = StubModel(STEP_S)
     with Engine(model) as engine:
         direct = asyncio.run(_direct(engine))
     with serving(Engine(model)) as port:

@@ -27,9 +27,22 @@ from tilewright.runtime.prefix_tree import PrefixTree
 from tilewright.runtime.request import Request, Sample
 from tilewright.runtime.scheduler.counters import VirtualCounters
 from tilewright.runtime.scheduler.policy import Budget, Plan, Policy, View
-from tilewright.runtime.types import Costs, EngineError, Executor, FinishReason, StepResult, TokenLogprob, Work
+from tilewright.runtime.types import (
+    Costs,
+    EngineError,
+    Executor,
+    FinishReason,
+    StepResult,
+    StreamEvent,
+    TokenLogprob,
+    Work,
+)
 
 Clock = Callable[[], float]
+
+
+def _unheard() -> None:
+    """For a core whose requests listen for themselves."""
 
 
 @dataclass
@@ -84,6 +97,7 @@ class Flight:
 class EngineCore:
     """Turns requests into steps of `executor` as `policy` plans them.
 
+    told: called after each batch of events, a step's tokens for one; on the loop's thread, must not raise.
     An exception out of a turn ends every request with "error" and leaves the core dead: `failure` says why.
     """
 
@@ -93,6 +107,7 @@ class EngineCore:
     costs: Costs | None = None
     clock: Clock = time.perf_counter
     keep_prefixes: bool = False
+    told: Callable[[], None] = _unheard
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
     swapped: list[Sample] = field(default_factory=list)
@@ -162,6 +177,7 @@ class EngineCore:
         for request in [*self._requests(), *(request for _, request in self._inbox)]:
             self._finish(request, "error")
         self._flights.clear()
+        self.told()
 
     def check_invariants(self) -> None:
         """Raises AssertionError unless the books are right. Between turns; when idle, every page must be free."""
@@ -194,6 +210,7 @@ class EngineCore:
         for request in self._requests():
             if request.deadline_s <= now_s:
                 self._finish(request, "deadline")
+        self.told()
 
     def _take_in(self, request: Request) -> None:
         """Queues a request, or refuses it."""
@@ -308,8 +325,9 @@ class EngineCore:
         started_s = self.clock()
         tokens, done = self.embedder.compute()
         for sample, vector in done:
-            sample.request.events(sample.request, sample.output.embed(vector))
+            _tell(sample.request, sample.output.embed(vector))
         if tokens:
+            self.told()
             self.stats.steps += 1
             self.stats.tokens += tokens
             self.stats.step_s += self.clock() - started_s
@@ -341,9 +359,10 @@ class EngineCore:
             event = sample.output.push(token, logprob, now_s)
             if event.completion:
                 self._retire(sample)
-            sample.request.events(sample.request, event)
+            _tell(sample.request, event)
             self.stats.drawn += 1
             self._counters.answer(sample.tenant, 1)
+        self.told()
 
     def _part(self, leader: Sample) -> None:
         """The prompt is in the cache: every other sample gets a table over the same pages, and runs on its own."""
@@ -399,10 +418,10 @@ class EngineCore:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request's unfinished samples from outside."""
-        for sample in request.samples:
+        for sample in list(request.samples):  # which is emptied with its last one
             if sample.output.completion is None:
                 self._retire(sample)
-                request.events(request, sample.output.end(reason))
+                _tell(request, sample.output.end(reason))
         request.leave_queue()
         request.decide()
 
@@ -448,6 +467,12 @@ class EngineCore:
         """Those with unfinished samples, each once."""
         unfinished = (s for s in chain(self._samples(), self._leaving()) if s.output.completion is None)
         return list(dict.fromkeys(sample.request for sample in unfinished))
+
+
+def _tell(request: Request, event: StreamEvent) -> None:
+    request.events(request, event)
+    if event.completion:
+        request.part()
 
 
 def _rank(sample: Sample) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ from tilewright.runtime.queue_room import QueueRoom
 from tilewright.runtime.request import Request
 from tilewright.runtime.scheduler.fair import FairShare
 from tilewright.runtime.scheduler.policy import Policy
-from tilewright.runtime.serving_thread import LoopPost, ServingThread
+from tilewright.runtime.serving_thread import Posts, ServingThread
 from tilewright.runtime.step_costs import StepCosts
 from tilewright.runtime.types import (
     Completion,
@@ -60,8 +60,15 @@ class Engine:
         self.vocab_size = model.limits.vocab_size
         self.pooling = model.limits.pooling  # of embeddings; None where the model gives none
         self.dimensions = model.limits.hidden  # of an embedding
+        self._posts = Posts()
         self._core = EngineCore(
-            model, budget, policy or FairShare(), costs or StepCosts(), clock, self.limits.keep_prefixes
+            model,
+            budget,
+            policy or FairShare(),
+            costs or StepCosts(),
+            clock,
+            self.limits.keep_prefixes,
+            self._posts.send,
         )
         self._intake = Intake(
             model.limits,
@@ -74,7 +81,6 @@ class Engine:
         )
         self._thread = ServingThread(self._core)
         self._queue = QueueRoom(self.limits.max_queue)
-        self._posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPost] = weakref.WeakKeyDictionary()
         self._finalizer = weakref.finalize(self, self._thread.stop)
 
     def generate(
@@ -112,10 +118,9 @@ class Engine:
                 self._submit(request, note_end, wait=True)
             for _ in range(sum(len(request.samples) for request in requests)):
                 self._checked(ends.get())
-        except BaseException:
-            self._cancel(requests)
-            raise
-        return [c for request in requests for sample in request.samples if (c := sample.output.completion)]
+            return [c for request in requests for sample in request.samples if (c := sample.output.completion)]
+        finally:
+            self._leave(requests)
 
     def stream_sync(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamEvent]:
         """The request's events as they come. Closing the iterator cancels the request."""
@@ -129,7 +134,7 @@ class Engine:
                 unfinished -= event.completion is not None
                 yield event
         finally:
-            self._cancel([request])
+            self._leave([request])
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
         """The request's events as they come. Closing the iterator, or cancelling its task, cancels the request."""
@@ -138,7 +143,7 @@ class Engine:
             async for _, event in events:
                 yield event
         finally:
-            events.cancel()
+            events.leave()
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, tenant: str = "") -> Request:
         """A checked request that is not submitted yet. Encoding a long prompt takes a while: not on event loops.
@@ -156,14 +161,14 @@ class Engine:
 
         Raises QueueFullError, and EngineError where the engine is dead.
         """
-        loop = asyncio.get_running_loop()
-        events = EventStream(requests, self._posts.setdefault(loop, LoopPost(loop)), self._cancel, self._checked)
+        post = self._posts.of(asyncio.get_running_loop())
+        events = EventStream(requests, post, self._cancel, self._checked)
         try:
             for place, request in enumerate(requests):
                 request.decided = events.decision
-                self._submit(request, events.listener(place))
+                self._submit(request, events.sender(place))
         except BaseException:
-            events.cancel()
+            events.leave()
             raise
         return events
 
@@ -217,6 +222,11 @@ class Engine:
             self._core.cancel(request)
         if unfinished:
             self._thread.wake()
+
+    def _leave(self, requests: Sequence[Request]) -> None:
+        self._cancel(requests)
+        for request in requests:
+            request.leave()
 
     def _checked(self, event: StreamEvent) -> StreamEvent:
         if event.completion and event.completion.finish_reason == "error":

@@ -84,6 +84,7 @@ class Request:
     embeds: the hidden states of the prompt are wanted, pooled, and no answer (max_tokens 0).
     refusal: why it ended before it was queued, if it did. decided: called once it is queued, or was refused; on the
     engine's thread, must not raise.
+    left: whether its reader wants nothing more of it.
     events: called on the engine's thread, must not raise. release: called once, when the request leaves the queue.
     """
 
@@ -103,6 +104,7 @@ class Request:
     decided: Callable[[], None] | None = None
     events: Callable[["Request", StreamEvent], None] = _ignore
     release: Callable[[], None] | None = None
+    left: bool = False
     samples: list["Sample"] = field(default_factory=list)
 
     @property
@@ -132,6 +134,18 @@ class Request:
         if self.started_s is None:
             self.started_s = now_s
             self.leave_queue()
+
+    def leave(self) -> None:
+        """Called by its reader, from any thread: nothing of it is wanted any more."""
+        self.left = True
+        self.part()
+
+    def part(self) -> None:
+        """Where it has ended and its reader has left: cuts the circles that it is part of, so that its memory is free
+        at once, and not when the garbage collector holds up everything to find it."""
+        if self.left and self.finished:
+            self.samples.clear()
+            self.events = _ignore
 
     def decide(self) -> None:
         decided, self.decided = self.decided, None

@@ -1,13 +1,12 @@
-"""The thread that turns the loop, and the post that brings events from it to event loops."""
+"""The thread that turns the loop, and the posts that bring events from it to event loops."""
 
 import asyncio
 import threading
 import weakref
-from collections import deque
-from typing import Any
+from typing import Protocol
 
 from tilewright.runtime.core import EngineCore
-from tilewright.runtime.types import EngineError
+from tilewright.runtime.types import EngineError, StreamEvent
 
 
 class ServingThread:
@@ -53,32 +52,62 @@ class ServingThread:
         self._core.fail(EngineError("it was closed"))
 
 
+class Reader(Protocol):
+    """Who reads a request's events on an event loop."""
+
+    def take(self, place: int, event: StreamEvent | None) -> None:
+        """On the loop's thread; must not raise."""
+
+    def cancel(self) -> None:
+        """Where nobody can read any more. From any thread."""
+
+
+Item = tuple[Reader, int, StreamEvent | None]
+
+
+class Posts:
+    """Brings events from the thread that turns a core to event loops: each loop is woken once for all that a step has
+    for it, when the step's tokens are handed out, and not before, as the two threads would take turns then."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopPost] = weakref.WeakKeyDictionary()
+        self._filled: list[LoopPost] = []
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> "LoopPost":
+        """Call it on the loop's thread."""
+        return self._of.setdefault(loop, LoopPost(loop, self._filled))
+
+    def send(self) -> None:
+        while self._filled:
+            self._filled.pop().send()
+
+
 class LoopPost:
-    """Brings items from another thread into one event loop's queues, waking the loop once for many."""
+    """What waits to be brought to one loop. filled: where it enters itself with the first item."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, filled: "list[LoopPost]") -> None:
         self._loop = weakref.ref(loop)
-        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
-        self._called = False
+        self._filled = filled
+        self._items: list[Item] = []
 
-    def put(self, queue: "asyncio.Queue[Any]", item: Any) -> bool:
-        """From any thread. False where the loop is closed, so that nobody can read it any more."""
-        self._items.append((queue, item))
-        if self._called:
-            return True
-        self._called = True
+    def put(self, reader: Reader, place: int, event: StreamEvent | None) -> None:
+        if not self._items:
+            self._filled.append(self)
+        self._items.append((reader, place, event))
+
+    def send(self) -> None:
+        items, self._items = self._items, []
+        loop = self._loop()
         try:
-            loop = self._loop()
             if loop is not None:
-                loop.call_soon_threadsafe(self._deliver)
-                return True
+                loop.call_soon_threadsafe(_deliver, items)
+                return
         except RuntimeError:  # closed since
             pass
-        self._called = False
-        return False
+        for reader in {reader for reader, _, _ in items}:
+            reader.cancel()
 
-    def _deliver(self) -> None:
-        self._called = False  # before the items are taken: what is put from here on calls again
-        while self._items:
-            queue, item = self._items.popleft()
-            queue.put_nowait(item)
+
+def _deliver(items: list[Item]) -> None:
+    for reader, place, event in items:
+        reader.take(place, event)

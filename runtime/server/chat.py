@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -26,9 +26,9 @@ from tilewright.runtime.server.generation import Generation, start
 from tilewright.runtime.server.logprobs import chat_logprobs, spoken
 from tilewright.runtime.server.service import Service
 from tilewright.runtime.server.speech import Speech
-from tilewright.runtime.server.sse import EventStreamResponse
+from tilewright.runtime.server.sse import Chunk, EventStreamResponse, Frame
 from tilewright.runtime.tool_parser import Called, Piece, Said
-from tilewright.runtime.types import Completion, TokenLogprob
+from tilewright.runtime.types import Completion, StreamEvent, TokenLogprob
 
 
 async def chat_completions(http: Request) -> Any:
@@ -41,7 +41,7 @@ async def chat_completions(http: Request) -> Any:
     generation = await start(service, http, served, [body.conversation], params)
     answer = _Answer(generation, body)
     if body.stream:
-        return EventStreamResponse(generation, answer.chunks())
+        return EventStreamResponse(generation, answer)
     async with generation:
         return JSONResponse(await answer.whole())
 
@@ -53,6 +53,8 @@ class _Answer:
         self._generation, self._body = generation, body
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self._said = [Speech(generation.served.tokenizer, body.calling) for _ in range(generation.choices)]
+        self._held: dict[int, list[TokenLogprob | None]] = {}  # of tokens whose text is not certain yet
+        self._frames: dict[int, Frame] = {}  # of a choice's text
 
     async def whole(self) -> ChatCompletion:
         completions = await self._generation.completions()
@@ -65,25 +67,43 @@ class _Answer:
             "usage": self._generation.usage,
         }
 
-    async def chunks(self) -> AsyncIterator[ChatCompletionChunk]:
+    def begin(self) -> Iterator[Chunk]:
         for index in range(self._generation.choices):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        held: dict[int, list[TokenLogprob | None]] = {}  # of tokens whose text is not certain yet
-        async for index, event in self._generation.events():
-            held.setdefault(index, []).append(event.logprob)
-            pieces = self._said[index].push(event.text, event.completion is not None)
-            if pieces or event.completion:
-                logprobs = self._logprobs(held.pop(index))
-                deltas = [self._delta(index, piece) for piece in pieces]
-                if not deltas and logprobs and logprobs["content"]:
-                    deltas = [{"content": ""}]
-                for delta in deltas:
-                    yield self._chunk(index, delta, logprobs)
-                    logprobs = None
-            if event.completion:
-                yield self._chunk(index, {}, None, event.completion)
+
+    def grow(self, index: int, event: StreamEvent) -> Iterator[Chunk]:
+        pieces = self._said[index].push(event.text, event.completion is not None)
+        if self._body.logprobs:
+            yield from self._with_logprobs(index, event, pieces)
+        else:
+            for piece in pieces:
+                yield self._text(index, piece.text) if isinstance(piece, Said) else self._piece(index, piece)
+        if event.completion:
+            yield self._chunk(index, {}, None, event.completion)
+
+    def end(self) -> Iterator[Chunk]:
         if self._body.wants_usage:
             yield self._frame([]) | {"usage": self._generation.usage}
+
+    def _with_logprobs(self, index: int, event: StreamEvent, pieces: list[Piece]) -> Iterator[Chunk]:
+        """Those of all tokens up to here go with the first piece."""
+        self._held.setdefault(index, []).append(event.logprob)
+        if pieces or event.completion:
+            logprobs = self._logprobs(self._held.pop(index))
+            if not pieces and logprobs and logprobs["content"]:
+                pieces = [Said("")]
+            for piece in pieces:
+                yield self._piece(index, piece, logprobs)
+                logprobs = None
+
+    def _text(self, index: int, text: str) -> bytes:
+        frame = self._frames.get(index)
+        if frame is None:
+            frame = self._frames[index] = Frame(self._chunk(index, {"content": Frame.HOLE}))
+        return frame.around(text)
+
+    def _piece(self, index: int, piece: Piece, logprobs: ChatLogprobs | None = None) -> ChatCompletionChunk:
+        return self._chunk(index, self._delta(index, piece), logprobs)
 
     def _choice(self, index: int, completion: Completion) -> ChatChoice:
         speech = self._said[index]

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -14,8 +14,8 @@ from tilewright.runtime.server.generation import Generation, start
 from tilewright.runtime.server.logprobs import spoken, text_logprobs
 from tilewright.runtime.server.requests import CompletionRequest
 from tilewright.runtime.server.service import Service
-from tilewright.runtime.server.sse import EventStreamResponse
-from tilewright.runtime.types import Completion, TokenLogprob
+from tilewright.runtime.server.sse import Chunk, EventStreamResponse, Frame
+from tilewright.runtime.types import Completion, StreamEvent, TokenLogprob
 
 _DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -28,7 +28,7 @@ async def completions(http: Request) -> Any:
     generation = await start(service, http, served, body.prompts, params)
     answer = _Answer(generation, body)
     if body.stream:
-        return EventStreamResponse(generation, answer.chunks())
+        return EventStreamResponse(generation, answer)
     async with generation:
         return JSONResponse(await answer.whole())
 
@@ -39,6 +39,9 @@ class _Answer:
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
         self._generation, self._body = generation, body
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self._held: dict[int, list[TokenLogprob | None]] = {}  # of tokens whose text is not certain yet
+        self._said: dict[int, int] = {}  # characters
+        self._frames: dict[int, Frame] = {}  # of a choice's text
 
     async def whole(self) -> TextCompletion:
         completions = await self._generation.completions()
@@ -48,21 +51,31 @@ class _Answer:
         ]
         return self._frame(choices) | {"usage": self._generation.usage}
 
-    async def chunks(self) -> AsyncIterator[TextCompletion]:
+    def begin(self) -> Iterator[Chunk]:
         if self._body.echo:
             for index in range(self._generation.choices):
                 yield self._frame([self._choice(index, self._echo(index), None)])
-        held: dict[int, list[TokenLogprob | None]] = {}  # of tokens whose text is not certain yet
-        said: dict[int, int] = {}  # characters
-        async for index, event in self._generation.events():
-            held.setdefault(index, []).append(event.logprob)
-            if event.text or event.completion:
-                offset = said.get(index, 0)
-                said[index] = offset + len(event.text)
-                logprobs = self._logprobs(index, held.pop(index), offset)
-                yield self._frame([self._choice(index, event.text, logprobs, event.completion)])
+
+    def grow(self, index: int, event: StreamEvent) -> Iterator[Chunk]:
+        if self._body.logprobs is not None:
+            self._held.setdefault(index, []).append(event.logprob)
+        if event.completion or (event.text and self._body.logprobs is not None):
+            offset = self._said.get(index, 0)
+            self._said[index] = offset + len(event.text)
+            logprobs = self._logprobs(index, self._held.pop(index, ()), offset)
+            yield self._frame([self._choice(index, event.text, logprobs, event.completion)])
+        elif event.text:
+            yield self._text(index, event.text)
+
+    def end(self) -> Iterator[Chunk]:
         if self._body.wants_usage:
             yield self._frame([]) | {"usage": self._generation.usage}
+
+    def _text(self, index: int, text: str) -> bytes:
+        frame = self._frames.get(index)
+        if frame is None:
+            frame = self._frames[index] = Frame(self._frame([self._choice(index, Frame.HOLE, None)]))
+        return frame.around(text)
 
     def _echo(self, index: int) -> str:
         """The text of a choice's prompt, where it is wanted."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -64,20 +64,27 @@ class Generation:
         self._cut = why
         self._events.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, StreamEvent]]:
-        """(place among the choices, event). Raises EngineError."""
+    async def listen(self, listener: Callable[[int, StreamEvent], None]) -> None:
+        """Calls `listener` with (place among the choices, event) where an event arrives; returns after the last one.
+        Raises EngineError."""
         width = len(self.requests[0].samples)
-        async for place, event in self._events:
+
+        def note(place: int, event: StreamEvent) -> None:
             choice = place * width + event.index
             self._note(choice, event)
-            yield choice, event
+            listener(choice, event)
+
+        await self._events.listen(note)
 
     async def completions(self) -> list[Completion]:
         """All of them, in the order of the choices. Raises EngineError."""
         found: dict[int, Completion] = {}
-        async for choice, event in self.events():
+
+        def keep(choice: int, event: StreamEvent) -> None:
             if event.completion is not None:
                 found[choice] = event.completion
+
+        await self.listen(keep)
         return [found[choice] for choice in range(self.choices)]
 
     def reasons(self, choice: int, completion: Completion) -> tuple[FinishReason, StopReason | None]:
@@ -98,7 +105,8 @@ class Generation:
 
     async def __aexit__(self, *_: object) -> None:
         self._watch.cancel()
-        self._events.cancel()
+        del self._watch  # it ends by an exception whose traceback holds this generation: a circle otherwise
+        self._events.leave()
         self._service.active.discard(self)
         key = self._call.key
         key.active -= 1
@@ -194,7 +202,7 @@ async def _decided(events: EventStream) -> None:
     try:
         await events.decided()
     except BaseException:
-        events.cancel()
+        events.leave()
         raise
 
 

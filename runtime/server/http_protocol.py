@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tilewright.runtime.server.errors import ApiError, unavailable
 from tilewright.runtime.server.limits import ServerLimits
+from tilewright.runtime.server.outlet import Outlet
 
 
 class _Connection(h11.Connection):
@@ -21,10 +22,15 @@ class _Connection(h11.Connection):
 
     _chunked = False
 
-    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
-        if self._chunked and type(event) is h11.Data:
-            data = bytes(event.data)
+    def framed(self, data: bytes) -> bytes:
+        """A piece of a body that has begun."""
+        if self._chunked:
             return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        return super().send(h11.Data(data=data)) or b""
+
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
+        if type(event) is h11.Data:
+            return self.framed(bytes(event.data))
         sent = super().send(event)
         self._chunked = type(event) is h11.Response and b"transfer-encoding: chunked" in (sent or b"").lower()
         return sent
@@ -39,6 +45,8 @@ class BoundedProtocol(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self.conn = _Connection(h11.SERVER, self.limits.max_header_bytes)
+        self._outlet = Outlet(transport, self.conn.framed, self.limits.max_unread_bytes)
+        self.app_state = {**self.app_state, "outlet": self._outlet}
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             most = self.limits.max_connections
@@ -49,6 +57,7 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self._header_timer)
         self._stop(self._send_timer)
+        self._outlet.close()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -63,11 +72,13 @@ class BoundedProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._outlet.pause()
         self._send_timer = self.loop.call_later(self.limits.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stop(self._send_timer)
         super().resume_writing()
+        self._outlet.resume()
 
     def send_400_response(self, msg: str) -> None:
         """Called where h11 refuses what came, with its exception at hand."""

@@ -23,6 +23,8 @@ class ServerLimits:
     max_connections: open sockets; each holds a file descriptor and buffers.
     header_s, body_s: a whole header, a whole body must have come by then, lest a slow sender hold a socket.
     send_s: a reader that takes nothing for so long is cut off, its request cancelled.
+    max_unread_bytes: of a stream that are held for a slow reader, beside the socket's buffers; one that is further
+    behind is cut off, its request cancelled.
     idle_s: a kept-alive connection without a request.
     request_s: from submission to the last token; what is there by then is the answer.
     drain_s: what runs when the server is told to end may go on for so long.
@@ -31,6 +33,7 @@ class ServerLimits:
 
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
+    max_unread_bytes: int = 4 << 20
     max_connections: int = 2048
     header_s: float = 10.0
     body_s: float = 30.0

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -22,7 +22,7 @@ from tilewright.runtime.server.service import Service
 from tilewright.runtime.server.speech import Speech
 from tilewright.runtime.server.sse import EventStreamResponse
 from tilewright.runtime.tool_parser import Called, Piece, Said
-from tilewright.runtime.types import Completion
+from tilewright.runtime.types import Completion, StreamEvent
 
 Event = dict[str, Any]
 
@@ -36,7 +36,7 @@ async def responses(http: Request) -> Any:
     generation = await start(service, http, served, [body.conversation], params)
     answer = _Answer(generation, body)
     if body.stream:
-        return EventStreamResponse(generation, answer.events(), named=True)
+        return EventStreamResponse(generation, answer, named=True)
     async with generation:
         return JSONResponse(await answer.whole())
 
@@ -60,17 +60,19 @@ class _Answer:
             pass
         return self._response(completion)
 
-    async def events(self) -> AsyncIterator[Event]:
+    def begin(self) -> Iterator[Event]:
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response(None))
-        async for _, event in self._generation.events():
-            for each in self._grow(self._said.push(event.text, event.completion is not None)):
-                yield each
-            if event.completion is not None:
-                for each in self._close(event.completion):
-                    yield each
-                response = self._response(event.completion)
-                yield self._event(f"response.{response['status']}", response=response)
+
+    def grow(self, choice: int, event: StreamEvent) -> Iterator[Event]:
+        yield from self._grow(self._said.push(event.text, event.completion is not None))
+        if event.completion is not None:
+            yield from self._close(event.completion)
+            response = self._response(event.completion)
+            yield self._event(f"response.{response['status']}", response=response)
+
+    def end(self) -> Iterator[Event]:
+        yield from ()
 
     def _grow(self, pieces: list[Piece]) -> Iterator[Event]:
         for piece in pieces:

@@ -13,6 +13,7 @@ from tests.runtime.fake import LIMITS, FakeModel, expected
 from tests.runtime.tokenizers_made import byte_level
 from tilewright.compiler.errors import RequestError
 from tilewright.runtime.engine import Engine
+from tilewright.runtime.request import Request
 from tilewright.runtime.tokenizer import Tokenizer
 from tilewright.runtime.types import DeviceLimits, EngineError, EngineLimits, SamplingParams
 
@@ -152,6 +153,90 @@ def test_a_closed_event_loop_cancels_its_requests() -> None:
         model.gate.set()
         idle(engine)
         assert engine.stats.drawn < 90
+
+
+def test_a_step_wakes_the_event_loop_once_for_all_streams() -> None:
+    streams, params = LIMITS.max_batch, SamplingParams(max_tokens=20, ignore_eos=True, seed=3)
+    woken, heard = 0, []
+
+    async def read(engine: Engine, i: int) -> None:
+        events = engine.open([engine.request([i], params)])
+        await events.listen(lambda _, event: heard.append((i, event.token_id)))
+
+    async def all_of_them(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(*args: object) -> asyncio.Handle:
+            nonlocal woken
+            woken += 1
+            return wake(*args)
+
+        loop.call_soon_threadsafe = counted
+        await asyncio.gather(*(read(engine, i) for i in range(streams)))
+
+    with Engine(FakeModel()) as engine:
+        asyncio.run(all_of_them(engine))
+        for i in range(streams):
+            assert [token for who, token in heard if who == i] == expected([i], params), "events are out of order"
+        assert woken <= engine.stats.steps + streams < len(heard), "steps, and news that a request is queued"
+
+
+def test_what_a_listener_raises_ends_its_stream_alone() -> None:
+    async def check(engine: Engine) -> None:
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        bad, good = engine.open([engine.request([1], params)]), engine.open([engine.request([2], params)])
+        heard: list[int] = []
+
+        async def hear_badly() -> None:
+            with pytest.raises(ZeroDivisionError):
+                await bad.listen(lambda *_: 1 // 0)
+            bad.leave()
+
+        await asyncio.gather(hear_badly(), good.listen(lambda _, event: heard.append(event.token_id)))
+        assert len(heard) == 9
+
+    with Engine(FakeModel()) as engine:
+        asyncio.run(check(engine))
+        idle(engine)
+
+
+def test_requests_that_have_ended_are_gone_from_memory() -> None:
+    """By reference counts alone: the collector would hold up every stream for them."""
+    seen: list[weakref.ref] = []
+
+    def watched(engine: Engine) -> None:
+        make = engine._intake.request
+
+        def request(*args: object) -> Request:
+            made = make(*args)
+            seen.extend(weakref.ref(part) for part in (made, *(sample.output for sample in made.samples)))
+            return made
+
+        engine._intake.request = request
+
+    async def streams(engine: Engine) -> None:
+        async for _ in engine.stream([1], SamplingParams(max_tokens=5)):
+            pass
+        left = engine.stream([1], SamplingParams(max_tokens=90, ignore_eos=True))
+        await anext(left)
+        await left.aclose()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Engine(FakeModel()) as engine:
+            watched(engine)
+            engine.generate([[1], [2]], SamplingParams(n=2, max_tokens=5))
+            next(stream := engine.stream_sync([3], SamplingParams(max_tokens=90, ignore_eos=True)))
+            stream.close()
+            asyncio.run(streams(engine))
+            idle(engine)
+            kept = len(seen)
+            engine.generate([[4]], SamplingParams(max_tokens=2))  # the engine remembers the last step's rows
+            assert kept == 12 and not any(part() for part in seen[:kept])
+    finally:
+        gc.enable()
 
 
 def test_full_queue_refuses_streams_and_holds_generate_back() -> None:

@@ -73,7 +73,7 @@ def command(
     from tilewright.compiler.errors import UserError
 
     try:
-        from tilewright.runtime.server import lifecycle
+        from tilewright.runtime.server import lifecycle, memory
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
@@ -121,6 +121,7 @@ def command(
         console.note(f"serving {', '.join(each.name for each in served)} at {where}")
         if keys.open and host not in ("127.0.0.1", "::1", "localhost"):
             console.warn("anybody who reaches this address may ask; give --api-keys")
+        memory.settle()
         code = server.run()
     lifecycle.leave(code)
     sys.exit(code)
