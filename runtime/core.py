@@ -356,7 +356,7 @@ class EngineCore:
             token, wanted = tokens[row], sample.request.params.logprobs
             logprob = None if wanted is None else _token_logprob(token, logprobs[row], result, row, wanted)
             sample.fill(place, token)
-            event = sample.output.push(token, logprob, now_s)
+            event = sample.output.push(token, logprob, now_s, sample.cut_off)
             if event.completion:
                 self._retire(sample)
             _tell(sample.request, event)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tilewright.compiler.errors import GrammarError
+from tilewright.runtime.json_schemas import narrowed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -60,7 +61,19 @@ class Grammars:
             raise _unsupported(grammar, str(error)) from None
         if matcher.is_error():
             raise _unsupported(grammar, matcher.get_error())
-        return Constraint(matcher, self._vocab_size, self._ends)
+        constraint = Constraint(matcher, self._vocab_size, self._ends)
+        self._try(constraint, grammar)
+        return constraint
+
+    def _try(self, constraint: "Constraint", grammar: Grammar) -> None:
+        """Refuses what can't be followed: that a grammar is too large, or has no end, shows when its first tokens are
+        looked for."""
+        trial = constraint.copy()
+        for _ in range(2):
+            allowed = trial.allowed()
+            if trial.error is not None:
+                raise _unsupported(grammar, trial.error)
+            trial.accept(int(np.argmax(allowed)))
 
     def _compiled(self, grammar: Grammar) -> str:
         if grammar.kind == "regex":
@@ -68,7 +81,7 @@ class Grammars:
         if grammar.kind == "lark":
             return self._matcher.grammar_from_lark(grammar.text)
         overrides: Any = SPACING
-        return self._matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
+        return self._matcher.grammar_from_json_schema(narrowed(grammar.text), overrides=overrides)
 
 
 def _unsupported(grammar: Grammar, reason: str) -> GrammarError:
@@ -87,8 +100,8 @@ class Constraint:
 
     @property
     def error(self) -> str | None:
-        """Why the grammar can't be followed any further (it takes too much work, say); the answer ends there."""
-        return self._matcher.get_error() if self._matcher.is_error() else None
+        """Why the grammar can't be followed any further (it takes too much work, say); the answer is cut off there."""
+        return self._matcher.get_error().split("\n<state>")[0] if self._matcher.is_error() else None
 
     def allowed(self) -> np.ndarray:
         """bool[vocab]: which tokens may be drawn next; at least one."""

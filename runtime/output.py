@@ -72,8 +72,9 @@ class Output:
         self._text: list[str] = []
         self._first_s = self._last_s = 0.0
 
-    def push(self, token: int, logprob: TokenLogprob | None, now_s: float) -> StreamEvent:
-        """The event of one drawn token, with the completion if it ended the sample."""
+    def push(self, token: int, logprob: TokenLogprob | None, now_s: float, cut_off: bool = False) -> StreamEvent:
+        """The event of one drawn token, with the completion if it ended the sample. cut_off: a token that ends it does
+        so before its time."""
         if not self._token_ids:
             self._first_s = now_s
         self._last_s = now_s
@@ -81,6 +82,8 @@ class Output:
         if logprob is not None:
             self._logprobs.append(logprob)
         text, reason = self._read(token)
+        if reason == "stop" and cut_off:
+            reason = "length"
         if text:
             self._text.append(text)
         return StreamEvent(self.index, text, token, logprob, self._close(reason) if reason else None)

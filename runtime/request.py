@@ -232,6 +232,11 @@ class Sample:
         return self.early_biases if self.drawn < self.request.params.min_tokens else self.biases
 
     @property
+    def cut_off(self) -> bool:
+        """Whether the answer ends since its grammar can't be followed any further, and not since it is complete."""
+        return self.constraint is not None and self.constraint.error is not None
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the next draw depends on the values of the tokens before it by more than the cache."""
         return self.counts is not None or self.constraint is not None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tilewright.runtime.grammar import SPACING, Grammar
+from tilewright.runtime.json_schemas import narrowed_schema
 
 Message = Mapping[str, Any]
 
@@ -154,4 +155,4 @@ def _text(text: str) -> str:
 
 def _json(schema: Mapping[str, Any]) -> str:
     """A JSON schema within Lark's notation."""
-    return "%json " + json.dumps({**schema, "x-guidance": SPACING})
+    return "%json " + json.dumps({**narrowed_schema(schema), "x-guidance": SPACING})

@@ -116,6 +116,17 @@ def test_biases_and_penalties_hold_among_the_allowed_tokens() -> None:
     assert set(say(digits, temperature=0, presence_penalty=1.0, logit_bias={two: 1.5}).text) <= set("12")
 
 
+def test_an_answer_whose_grammar_has_no_end_there_is_cut_off() -> None:
+    """A client must not take what there is for complete."""
+    endless = {"type": "array", "items": {"$ref": "#/$defs/endless"}, "minItems": 1}
+    either = schema({"anyOf": [{"const": "a"}, {"$ref": "#/$defs/endless"}], "$defs": {"endless": endless}})
+    [quote], [bracket] = TOKENIZER.encode('"'), TOKENIZER.encode("[")
+    done = say(either, logit_bias={quote: -float("inf")})
+    assert done.finish_reason == "length" and set(done.text) == {"["}
+    done = say(either, logit_bias={bracket: -float("inf")})
+    assert (done.finish_reason, done.text) == ("stop", '"a"')
+
+
 def test_an_answer_that_is_cut_off_is_a_beginning() -> None:
     done = say(Grammar("regex", "(abc){30}"), max_tokens=5)
     assert done.finish_reason == "length" and ("abc" * 30).startswith(done.text)
