@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.compiler.artifact_form import check_manifest, read_json
 from tilewright.compiler.errors import ArtifactError
 
 SCHEMA = 1
@@ -115,35 +116,33 @@ class Manifest:
         return json.dumps({**json.loads(body), "seal": _seal(body)}, indent=1, sort_keys=True) + "\n"
 
     @staticmethod
-    def from_json(text: str, where: Path) -> "Manifest":
-        try:
-            fields = json.loads(text)
-            schema = fields["schema"]
-        except (ValueError, TypeError, KeyError):
-            raise ArtifactError(f"{where} is no artifact manifest (not JSON, or cut short); compile it again") from None
-        if schema != SCHEMA:
-            newer = not isinstance(schema, int) or schema > SCHEMA
-            raise ArtifactError(
-                f"{where.parent} has artifact schema {schema}, {'newer' if newer else 'older'} than this version's "
-                f"{SCHEMA}; {'upgrade tilewright or ' if newer else ''}compile the model again"
-            )
+    def read(where: Path) -> "Manifest":
+        """ArtifactError where the file is no manifest, of another schema, changed after it was sealed, or of another
+        form than this version writes."""
+        fields = read_json(where, "artifact manifest")
+        if not isinstance(fields, dict) or "schema" not in fields:
+            raise ArtifactError(f"{where} is no artifact manifest (it has no schema); compile it again")
+        _check_schema(fields["schema"], where)
         seal = fields.pop("seal", None)
         if seal != _seal(_canonical(fields)):
             raise ArtifactError(f"{where} does not match its own checksum: it was changed; compile the model again")
-        try:
-            params = tuple(
-                Param(**{**p, "shape": tuple(p["shape"]), "sources": tuple(p["sources"])}) for p in fields["params"]
-            )
-            return Manifest(
-                **{
-                    **fields,
-                    "params": params,
-                    "kernels": tuple(fields["kernels"]),
-                    "warnings": tuple(fields["warnings"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{where} lacks or has a field too many ({error}); compile the model again") from None
+        check_manifest(fields, where, _DTYPES)
+        params = tuple(
+            Param(**{**p, "shape": tuple(p["shape"]), "sources": tuple(p["sources"])}) for p in fields["params"]
+        )
+        lists = {"params": params, "kernels": tuple(fields["kernels"]), "warnings": tuple(fields["warnings"])}
+        return Manifest(**{**fields, **lists})
+
+
+def _check_schema(schema: Any, where: Path) -> None:
+    if schema == SCHEMA:
+        return
+    newer = not isinstance(schema, int) or schema > SCHEMA
+    shown = " ".join(str(schema).split())[:40]
+    raise ArtifactError(
+        f"{where.parent} has artifact schema {shown}, {'newer' if newer else 'older'} than this version's {SCHEMA}; "
+        f"{'upgrade tilewright or ' if newer else ''}compile the model again"
+    )
 
 
 def _canonical(fields: Mapping[str, Any]) -> str:
@@ -165,23 +164,24 @@ class Artifact:
     def open(path: str | os.PathLike[str], check: bool = True) -> "Artifact":
         """Reads the manifest and, if `check`, compares every file's checksum. Raises ArtifactError."""
         root = Path(path)
-        try:
-            text = (root / MANIFEST).read_text()
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{root} is no artifact: it has no {MANIFEST}; give a directory made by compile"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{root / MANIFEST} can't be read: {error}") from None
-        artifact = Artifact(root, Manifest.from_json(text, root / MANIFEST))
-        artifact._check_sizes()
+        if not (root / MANIFEST).is_file():
+            raise ArtifactError(f"{root} is no artifact: it has no {MANIFEST}; give a directory made by compile")
+        artifact = Artifact(root, Manifest.read(root / MANIFEST))
+        artifact._check_files()
         if check:
             artifact._check_sums()
         return artifact
 
-    def _check_sizes(self) -> None:
-        for name, expected in self.manifest.files.items():
+    def _check_files(self) -> None:
+        """That every file is there, within the artifact, and of its size."""
+        listed = self.manifest.files
+        for name in (LIBRARY, COSTS):
+            if name not in listed:
+                raise ArtifactError(f"{self.path / MANIFEST} lists no {name}; compile the model again")
+        for name, expected in listed.items():
             file = self.path / name
+            if (link := _link(self.path, name)) is not None:
+                raise ArtifactError(f"{link} is a link, and an artifact has files alone; copy what it points to there")
             size = file.stat().st_size if file.is_file() else None
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
@@ -200,9 +200,33 @@ class Artifact:
         return sum(int(f["bytes"]) for f in self.manifest.files.values())
 
     def map_params(self) -> list[np.ndarray]:
-        """The weights in the step's order, mapped copy-on-write, each 64-byte aligned; bfloat16 as uint16."""
-        tensors = read_tensors(self.path / PARAMS)
-        return [tensors[p.name].view(numpy_dtype(p.dtype)).reshape(p.shape) for p in self.manifest.params]
+        """The weights in the step's order, mapped copy-on-write, each 64-byte aligned; bfloat16 as uint16.
+
+        ArtifactError where the manifest and the file do not speak of the same tensors.
+        """
+        if PARAMS not in self.manifest.files:
+            raise ArtifactError(f"{self.path / MANIFEST} lists no {PARAMS}; compile the model again")
+        file = self.path / PARAMS
+        tensors = read_tensors(file)
+        return [_as_param(tensors, param, file) for param in self.manifest.params]
+
+
+def _as_param(tensors: Mapping[str, np.ndarray], param: Param, file: Path) -> np.ndarray:
+    found = tensors.get(param.name)
+    if found is None or param.dtype not in _DTYPES or found.nbytes != param.bytes:
+        is_there = "not there" if found is None else f"of {found.nbytes} bytes"
+        raise ArtifactError(
+            f"{file}: the tensor {param.name} is {is_there}, {param.dtype}{list(param.shape)} expected; "
+            "compile the model again"
+        )
+    return found.view(numpy_dtype(param.dtype)).reshape(param.shape)
+
+
+def _link(root: Path, name: str) -> Path | None:
+    """The first part of a file's path within the artifact that is a symbolic link."""
+    parts = Path(name).parts
+    paths = (root.joinpath(*parts[: i + 1]) for i in range(len(parts)))
+    return next((path for path in paths if path.is_symlink()), None)
 
 
 def sha256(file: Path) -> str:
@@ -336,22 +360,32 @@ class TensorWriter:
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as a copy-on-write view (bf16 as uint16); unaligned ones are copied."""
-    with file.open("rb") as stream:
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    whole = np.frombuffer(data, dtype=np.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        raw = whole[start + begin : start + end]
-        if raw.size and raw.ctypes.data % ALIGNMENT:
-            raw = aligned_copy(raw)
-        tensors[name] = raw.view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    """Every tensor of a safetensors file as a copy-on-write view (bf16 as uint16); unaligned ones are copied.
+
+    ArtifactError where the file's header is none, or speaks of bytes that are not there.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(data[:8], "little")
+        if not 8 < start <= len(data):
+            raise ValueError("the header is longer than the file")
+        header = json.loads(data[8:start])
+        whole = np.frombuffer(data, dtype=np.uint8)[start:]
+        return {name: _tensor(whole, entry) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{file} holds no tensors ({why}); compile the model again") from None
+
+
+def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data):
+        raise ValueError(f"a tensor lies at bytes {begin} to {end} of {len(data)}")
+    raw = data[begin:end]
+    if raw.size and raw.ctypes.data % ALIGNMENT:
+        raw = aligned_copy(raw)
+    return raw.view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

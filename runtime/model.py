@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.compiler.artifact import TOKENIZER, Artifact
-from tilewright.compiler.errors import RequestError, TargetError
+from tilewright.compiler.errors import ArtifactError, RequestError, TargetError
 from tilewright.runtime.step_floor import floor_of
 from tilewright.runtime.tokenizer import Tokenizer
 from tilewright.runtime.types import StepBatch, StepResult, Swap, Work
@@ -36,8 +36,7 @@ class Model:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, read when first asked for; None where the artifact has none."""
         if self._tokenizer is None and TOKENIZER in self.manifest.files:
-            text = (self.artifact.path / TOKENIZER).read_text()
-            self._tokenizer = Tokenizer(text, dict(self.manifest.tokenizer))
+            self._tokenizer = Tokenizer(_text(self.artifact.path / TOKENIZER), dict(self.manifest.tokenizer))
         return self._tokenizer
 
     # ---- the executor ------------------------------------------------------------------------------------------------
@@ -116,6 +115,13 @@ def _chunks(ids: np.ndarray, size: int, pages: int) -> Iterator[dict[str, np.nda
             "phases": np.zeros(1, np.int32),
             "rows": np.arange(len(part), dtype=np.int32),
         }
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file} can't be read ({error}); compile the model again") from None
 
 
 def _executor(artifact: Artifact, kv_tokens: int | None, threads: int | None) -> Any:

@@ -1,10 +1,11 @@
 """The floor of a step: what costs.json says it reads and computes at the least, and how long that takes here."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright.compiler.artifact import COSTS, Artifact, Manifest
+from tilewright.compiler.artifact_form import read_json
+from tilewright.compiler.errors import ArtifactError
 from tilewright.compiler.targets import measured_here, target_of
 from tilewright.runtime.types import Work
 
@@ -56,9 +57,13 @@ def rates_of(manifest: Manifest) -> Rates | None:
 
 def decode_floor(artifact: Artifact) -> StepFloor:
     """The floor of the smallest step, which decodes one token."""
-    costs = json.loads((artifact.path / COSTS).read_text())
+    file = artifact.path / COSTS
+    costs = read_json(file, "table of costs")
     smallest = min(artifact.manifest.buckets, key=lambda bucket: bucket.tokens)
-    return StepFloor(**costs[smallest.function]["floor"])
+    try:
+        return StepFloor(**{name: int(value) for name, value in costs[smallest.function]["floor"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{file} has no floor of {smallest.function}; compile the model again") from None
 
 
 def floor_of(artifact: Artifact) -> Callable[[Work], float] | None:

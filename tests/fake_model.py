@@ -103,7 +103,7 @@ def fake_artifact(path: Path, **changes: Any) -> Artifact:
         "target": {"name": "cpu", "kind": "cpu", "arch": "x86_64", "features": ["avx2"]},
         "model": {"family": "llama", "hidden": 576, "qk_norm": False, "tied": True, "vocab": VOCAB, "window": None},
         "limits": {"max_batch": 4, "max_tokens": 32, "max_context": 256, "page_size": 16},
-        "kv": {},
+        "kv": {"layers": 30, "kv_heads": 3, "head_dim": 64, "page_size": 16, "dtype": "float16", "k_transposed": True},
         "step": {
             "inputs": [],
             "top_logprobs": TOP,

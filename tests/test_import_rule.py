@@ -20,6 +20,7 @@ ALLOWED = {
     "schedules": ("compiler", "models.quant"),
     "runtime": (
         "compiler.artifact",
+        "compiler.artifact_form",
         "compiler.composites",
         "compiler.env",
         "compiler.errors",
