@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 
 # All that needs no GPU: file by file on every core, then what measures time.
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not alone and not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m "not gpu and not alone and not slow" -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m "alone and not gpu"
 
 # The same checks over more shapes: for a change of the kernels that they are about.

@@ -11,26 +11,51 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import tilewright
 from tilewright.compiler import env
 
 REAL_MODEL = "smollm2-135m"
 
+LONGEST = (
+    "test_real_weights.py",
+    "test_cuda_artifact.py",
+    "test_attention_decode.py",
+    "test_attention_prefill.py",
+    "test_linear_block.py",
+    "test_compiled_parity.py",
+    "test_compile_errors.py",
+    "test_artifact.py",
+    "test_apply_schedules.py",
+    "test_end_to_end_cli.py",
+)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; tested programs would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: a worker that began one last would work on it alone."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run's, one for all of xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _kernel_cache(shared_folder: Path) -> Iterator[None]:
     if env.CACHE_DIR in os.environ:
         yield
         return
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(env.CACHE_DIR, str(folder / "cache"))
+        patch.setenv(env.CACHE_DIR, str(shared_folder / "cache"))
         yield
 
 
@@ -43,16 +68,23 @@ def _no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2(shared_folder: Path) -> Path:
     """The real model compiled as it is stored: weights of 4-bit blocks."""
-    return tilewright.compile(REAL_MODEL, output=tmp_path_factory.mktemp("smollm2") / "quantised.tw").path
+    return _compiled_once(shared_folder / "quantised.tw")
 
 
 @pytest.fixture(scope="session")
-def smollm2_float(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_float(shared_folder: Path) -> Path:
     """The real model compiled to compute in float32."""
-    output = tmp_path_factory.mktemp("smollm2") / "float.tw"
-    return tilewright.compile(REAL_MODEL, output=output, quant="none").path
+    return _compiled_once(shared_folder / "float.tw", quant="none")
+
+
+def _compiled_once(output: Path, **options: Any) -> Path:
+    """By the first of xdist's workers that asks for it; the others wait."""
+    with FileLock(output.with_suffix(".lock")):
+        if not output.exists():
+            tilewright.compile(REAL_MODEL, output=output, **options)
+    return output
 
 
 @pytest.fixture(scope="session")

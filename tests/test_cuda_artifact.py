@@ -28,7 +28,7 @@ SCHEDULES = {"angles", "embedding", "linear", "paged_attention", "qkv_append", "
 
 STEPS = ("step", "step_decode")  # of any tokens, and of one generated token each of some sequences
 
-# Two layers of an 8B Llama.
+# Two layers of an 8B Llama, with SmolLM2's vocabulary: its sampler is compiled once for both.
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -38,7 +38,7 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "num_hidden_layers": 2,
-    "vocab_size": 128256,
+    "vocab_size": 49152,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
@@ -52,7 +52,6 @@ SMOLLM2 = LLAMA_8B | {
     "num_key_value_heads": 3,
     "head_dim": 64,
     "num_hidden_layers": 30,
-    "vocab_size": 49152,
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
 }

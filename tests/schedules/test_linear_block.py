@@ -13,6 +13,7 @@ from tests.kernel_runner import KernelRunner, aligned, aligned_empty, host_targe
 from tests.linear_reference import float_reference, integer_reference, random_arguments, rounding_bound, rows_of
 from tests.tolerances import assert_close
 from tilewright.compiler.checkpoint import BLOCK_FORMATS
+from tilewright.compiler.codegen.llvm_target import build_llvm
 from tilewright.compiler.composites import GatedSpec, LinearSpec, NormSpec
 from tilewright.compiler.targets.base import Target
 from tilewright.models.quant import FORMATS
@@ -241,8 +242,8 @@ def test_matrix_tiles_become_their_instructions(form, bits, tile, product):
     """Where this machine has them they are run as well."""
     spec = spec_of(form, 40, 64, bits=bits)
     lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile)
-    target = {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
-    assembly = tvm.compile(tvm.IRModule({"f": lowering.kernels[0].func}), target=target).mod.inspect_source("asm")
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]})
+    assembly = build_llvm(tvm.IRModule({"f": lowering.kernels[0].func}), target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", product, "tilestored", "tilerelease"):
         assert re.search(rf"\b{instruction}\b", assembly), instruction
     if tile_registers_granted():

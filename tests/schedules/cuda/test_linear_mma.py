@@ -106,7 +106,7 @@ def test_what_the_next_kernel_reads_is_there() -> None:
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("target", quick(("nvidia-a100", "nvidia-l40s"), OLDER))
+@pytest.mark.parametrize("target", quick(("nvidia-a100",), OLDER))
 @pytest.mark.parametrize("spec", [dense(4096, 4096, residual=True), gated(28672, 4096)], ids=["o", "gate_up"])
 def test_every_tile_compiles_within_registers(spec: LinearSpec, target: str) -> None:
     record = RECORDS[target]
