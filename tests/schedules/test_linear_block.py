@@ -242,7 +242,9 @@ def test_matrix_tiles_become_their_instructions(form, bits, tile, product):
     """Where this machine has them they are run as well."""
     spec = spec_of(form, 40, 64, bits=bits)
     lowering = lower(LinearBlockAmx(), Call("linear", spec, None, 64), AMX_TARGET, tile)
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]})
+    target = tvm.target.Target(
+        {"kind": "llvm", "mcpu": "x86-64-v4", "mattr": ["+avx512vnni", "+amx-tile", "+amx-int8"]}
+    )
     assembly = build_llvm(tvm.IRModule({"f": lowering.kernels[0].func}), target).mod.inspect_source("asm")
     for instruction in ("ldtilecfg", "tilezero", "tileloadd", product, "tilestored", "tilerelease"):
         assert re.search(rf"\b{instruction}\b", assembly), instruction
