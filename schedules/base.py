@@ -17,6 +17,7 @@ from typing import Any
 from tilewright.compiler.calls import ByRows as ByRows
 from tilewright.compiler.calls import Call as Call
 from tilewright.compiler.calls import Part as Part
+from tilewright.compiler.codegen.tvm_parser import spare_frames
 from tilewright.compiler.targets.base import Target
 
 
@@ -104,7 +105,10 @@ class KernelCall:
 
     def written(self) -> Any:
         """The PrimFunc, where there is one."""
-        return self.func.make() if isinstance(self.func, Deferred) else self.func
+        if not isinstance(self.func, Deferred):
+            return self.func
+        spare_frames()
+        return self.func.make()
 
 
 @dataclass(frozen=True)
