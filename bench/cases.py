@@ -53,6 +53,9 @@ SERVING_CASES = {
     for c in (HTTP_OVERHEAD, PREFIX_COLD, PREFIX_WARM, CHATS_ENGINE, CHATS_HTTP, LONG_PROMPT, LONG_PROMPT_FIRST)
 }
 
+SOAK = Case("soak", "what a server's memory grew by under hundreds of good and bad clients, nothing leaked", "MiB")
+SOAK_CASES = {SOAK.name: SOAK}
+
 CPU_CASES = {
     c.name: c
     for c in (
