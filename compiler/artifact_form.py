@@ -182,7 +182,7 @@ _COUNT, _SIZE = _whole(0), _whole(1)
 _DTYPE = _is(str, "the name of a dtype")
 
 _TARGET = _record(
-    {"name": _TEXT, "kind": _TEXT, "arch": _TEXT, "features": _each(_TEXT)}, {"host": _OBJECT}, closed=False
+    {"name": _TEXT, "kind": _TEXT, "arch": _TEXT, "features": _each(_TEXT)}, {"host": _TEXT}, closed=False
 )
 _KV = _record(
     {"layers": _SIZE, "kv_heads": _SIZE, "head_dim": _SIZE, "page_size": _SIZE, "dtype": _DTYPE}, closed=False
