@@ -79,8 +79,8 @@ def test_every_phase_of_schemathesis(server: Running, mode: str, tmp_path: Path)
         "generation-allow-x00": "true",
         "generation-database": "none",
         "exclude-checks": "positive_data_acceptance,ignored_auth",
-        "max-examples": "150",
-        "max-time": "150",
+        "max-examples": "100",
+        "max-time": "60",
         "request-timeout": "20",
     }
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
