@@ -29,6 +29,8 @@ _CODES = {
 _ALTERNATIVE = re.compile(r"str|int|float|bool|.*[\[\]-].*")
 _TAG = re.compile("system|developer|user|assistant|tool|message|function_call|function_call_output")
 
+_MOST_CHARACTERS = 1000  # of a message
+
 
 class ApiError(Exception):
     """An answer with an error's status. param: the wrong field, as messages.0.content. headers: sent with it."""
@@ -43,13 +45,20 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code = status, _line(message), code
+        self.param = None if param is None else _line(param)
         self.headers = headers
 
     @property
     def body(self) -> ErrorAnswer:
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _line(text: str) -> str:
+    """A text that may hold a client's words, such as the name of a field, as one line of bounded length."""
+    text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def too_many(message: str, wait_s: float, code: str) -> ApiError:

@@ -172,6 +172,12 @@ def test_paths_methods_and_models(server: Running) -> None:
         assert "use fake" in check_refusal(*server.ask("POST", path, body), 404, "model_not_found")["message"]
 
 
+def test_names_of_fields_are_told_in_one_line_of_bounded_length(server: Running) -> None:
+    for name in ("a\nb", "\x00", "\u2028", "x" * 19_000, "é" * 2000):
+        error = check_refusal(*server.ask("POST", "/v1/completions", TEXT | {name: 1}), 400, "unknown_parameter")
+        assert len(error["message"]) < 1100 and error["message"].isprintable() and error["param"].isprintable()
+
+
 def test_content_types(server: Running) -> None:
     body = json.dumps(CHAT).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"):

@@ -52,6 +52,9 @@ def test_response_formats(server: Running) -> None:
     ("fields", "code", "words"),
     [
         ({"response_format": named({"type": "nope"})}, "unsupported_grammar", "Invalid type: nope"),
+        ({"response_format": named({"type": "string", "const": 1})}, "unsupported_grammar", "Unsatisfiable schema"),
+        ({"response_format": named({"$ref": "#"})}, "unsupported_grammar", "the json_schema is not supported"),
+        ({"response_format": named({"type": "object", "minProperties": 3})}, "unsupported_grammar", "minProperties 3"),
         ({"structured_outputs": {"regex": "("}}, "unsupported_grammar", "unclosed group"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "invalid_combination", "has one of"),
         ({"structured_outputs": {}}, "invalid_combination", "has one of"),
