@@ -29,6 +29,14 @@ class Rope:
     scaling: tuple[tuple[str, Any], ...] = ()
 
 
+MAX_LAYERS = 1000  # lists are made of them before anything else could show that they are not there
+
+
+def most_of(name: str) -> int:
+    """The largest number that a field of a configuration may have. name: as files spell it."""
+    return MAX_LAYERS if name in ("num_hidden_layers", "block_count") else 2**31 - 1
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything a family needs to write its mathematics down. Sizes in elements; checked in compiler/parameters.py."""

@@ -131,7 +131,7 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     if name == "failure" and value not in ("", *FAILURES):
         return False
-    return name in _TEXTS and isinstance(value, str)
+    return name in _TEXTS and isinstance(value, str) and (value != "" or name not in _REQUIRED)
 
 
 def canonical(value: Any) -> str:

@@ -5,6 +5,7 @@ back in "half" order. Blocks lie along K, so moving whole rows leaves them intac
 already in the file.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.compiler.artifact import sha256
-from tilewright.compiler.checkpoint import BLOCK_FORMATS, Checkpoint, LazyTensor, ModelConfig, Rope
+from tilewright.compiler.checkpoint import BLOCK_FORMATS, Checkpoint, LazyTensor, ModelConfig, Rope, most_of
 from tilewright.compiler.errors import ModelError
 from tilewright.compiler.frontends.gguf_file import GGUFFile, GGUFTensor, read_gguf_file
 from tilewright.compiler.frontends.gguf_tokenizer import read_tokenizer
@@ -81,8 +82,13 @@ class _Fields:
         value = self.get(name, default)
         if value is None:
             raise ModelError(f"{self.file.path}: metadata {self.prefix}.{name} is missing; convert the model again")
-        if not isinstance(value, kind) or isinstance(value, bool):
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or isinstance(value, bool) or infinite:
             raise ModelError(f"{self.file.path}: metadata {self.prefix}.{name} is {value!r}, but must be {meaning}")
+        if isinstance(value, int) and value > most_of(name):
+            raise ModelError(
+                f"{self.file.path}: metadata {self.prefix}.{name} is {value}, above {most_of(name)}, the most there is"
+            )
         return value
 
 

@@ -4,10 +4,11 @@ Both spellings are read: rope_theta and rope_scaling at the top, and rope_parame
 change the mathematics and is not supported is refused, never skipped.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tilewright.compiler.checkpoint import ModelConfig, Rope
+from tilewright.compiler.checkpoint import ModelConfig, Rope, most_of
 from tilewright.compiler.errors import ModelError
 
 ARCHITECTURES = {
@@ -94,8 +95,13 @@ class _Fields:
         value = self.values.get(name, default)
         if value is None:
             raise ModelError(f"{self.source}: field {name!r} is missing; a {self.family} model needs it")
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or infinite:
             raise ModelError(f"{self.source}: field {name!r} is {value!r}, but must be {meaning}")
+        if isinstance(value, int) and value > most_of(name):
+            raise ModelError(
+                f"{self.source}: field {name!r} is {str(value)[:20]}, above {most_of(name)}, the most there is"
+            )
         return value
 
     def refuse_unsupported(self) -> None:

@@ -114,6 +114,13 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "rope-text": ({"rope_parameters": "linear"}, "field 'rope_parameters' is 'linear', but must be an object"),
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary pairs for a part of the head only"),
     "soft-cap": ({"final_logit_softcapping": 30.0}, "field 'final_logit_softcapping' is 30.0, which is not supported"),
+    "layers": (
+        {"num_hidden_layers": 10**100},
+        "field 'num_hidden_layers' is 10000000000000000000, above 1000, the most",
+    ),
+    "vocab": ({"vocab_size": 2**31}, "field 'vocab_size' is 2147483648, above 2147483647, the most there is"),
+    "eps-nan": ({"rms_norm_eps": float("nan")}, "field 'rms_norm_eps' is nan, but must be a number"),
+    "eps-integer": ({"rms_norm_eps": 10**400}, "field 'rms_norm_eps' is 10000000000000000000, above 2147483647"),
     "tied": ({"tie_word_embeddings": "yes"}, "field 'tie_word_embeddings' is 'yes', but must be true or false"),
 }
 
@@ -301,6 +308,14 @@ def test_gguf_metadata_of_a_wrong_type(tmp_path: Path) -> None:
         writer.add_string("llama.block_count", "two")
 
     assert "metadata llama.block_count is 'two', but must be a whole number" in written(tmp_path, spell_out)
+
+
+def test_gguf_metadata_beyond_any_model(tmp_path: Path) -> None:
+    def enlarge(writer: gguf.GGUFWriter) -> None:
+        drop("llama.block_count")(writer)
+        writer.add_uint32("llama.block_count", 2**32 - 1)
+
+    assert "metadata llama.block_count is 4294967295, above 1000, the most there is" in written(tmp_path, enlarge)
 
 
 def test_gguf_contradiction(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_a_line_gives_its_record_back() -> None:
         ({"us": "fast"}, "has a us that can't be"),
         ({"rows": 0}, "has a rows that can't be"),
         ({"tile": "wide"}, "has a tile that can't be"),
+        ({"target": ""}, "has a target that can't be"),
         ({"spread_us": [1]}, "has a spread_us that can't be"),
         ({"failure": "sad", "us": None}, "has a us that can't be"),
         ({"failure": "crash"}, "has neither a time nor a failure, or both"),
