@@ -10,7 +10,7 @@ Narrower than the standard: beside patternProperties, no other unlisted names ar
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tilewright.compiler.errors import GrammarError
@@ -22,6 +22,9 @@ MAX_LISTED = 50_000  # names times objects, where schemas are combined
 _DATA = frozenset({"const", "enum", "default", "examples", "example", "required"})  # hold values and no schemas
 _COMBINING = ("allOf", "anyOf", "oneOf", "$ref")
 _OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "required")
+_COMPARED = (32, 16, 8, 4, 2, 1)  # characters of a name; a pattern nests as deeply, and Rust's not beyond sixty
+_MOST_COMPARED = 1500  # characters of all names of an object: llguidance takes a second for more
+_LONGER = "..."  # the mark of a name that goes on
 _CHARACTER = r'[^"\\\x00-\x1f\x7f]'  # one that JSON writes as it is
 
 
@@ -123,23 +126,26 @@ def _schemas(schema: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
         yield from _schemas(value, depth + 1)
 
 
-def _all_but(names: Iterable[str]) -> str:
+def _all_but(names: Collection[str]) -> str:
     """A pattern of all names but these, without escapes. Regular expressions can't be subtracted, so it says by which
-    character a name first differs from all of them, or that it ends before."""
+    character a name first differs from all of them, or that it ends before. It has no name that begins like a listed
+    one that is longer than what is compared."""
+    compared = next((n for n in _COMPARED if sum(len(name[:n]) for name in names) <= _MOST_COMPARED), 1)
     tree: dict[str, Any] = {}
     for name in names:
         node = tree
-        for character in name:
+        for character in name[:compared]:
             node = node.setdefault(character, {})
-        node[""] = {}
+        node["" if len(name) <= compared else _LONGER] = {}
     return f"^{_differing(tree)}$"
 
 
 def _differing(node: Mapping[str, Any]) -> str:
-    characters = sorted(key for key in node if key)
+    characters = sorted(key for key in node if len(key) == 1)
     out = "".join(_escaped(c) for c in characters)
     options = [f"{_CHARACTER[:-1]}{out}]{_CHARACTER}*"]
-    options += [f"{_escaped(c)}{_differing(node[c])}" for c in characters if not re.fullmatch(r'["\\\x00-\x1f\x7f]', c)]
+    plain = (c for c in characters if re.fullmatch(_CHARACTER, c) and _LONGER not in node[c])
+    options += [f"{_escaped(c)}{_differing(node[c])}" for c in plain]
     return f"({'|'.join(options)}){'' if '' in node else '?'}"
 
 

@@ -76,9 +76,17 @@ def _combined(inner: st.SearchStrategy) -> st.SearchStrategy:
     return st.one_of(*kinds, beside)
 
 
+def _with_definitions(schema: dict, definition: dict, beside: dict) -> dict:
+    """The schema beside references to another one, by itself and combined."""
+    wanted = {"$ref": "#/$defs/other"}
+    parts = [{"allOf": [schema, wanted]}, {"anyOf": [wanted, schema]}, {**beside, **wanted}]
+    return {**parts[len(json.dumps(schema)) % 3], "$defs": {"other": definition}}
+
+
 SCHEMAS = st.recursive(
     SCALARS, lambda inner: st.one_of(_arrays(inner), _objects(inner), _objects(inner), _combined(inner)), max_leaves=5
 )
+SCHEMAS = SCHEMAS | st.builds(_with_definitions, SCHEMAS, SCHEMAS, _objects(SCALARS))
 
 
 def check_pair(schema: dict[str, Any], data: st.DataObject, seed: int) -> None:
@@ -205,6 +213,22 @@ def test_a_listed_name_has_one_spelling() -> None:
         assert takes(start, text), text
     for text in ('{"a": 1, "\\u0061": null}', '{"\\u0061": null}', '{"a": null}', '{"a": 1, "a": null}', '{"b": 1}'):
         assert not takes(start, text), text
+
+
+@pytest.mark.parametrize("name", ["x" * 31, "x" * 32, "x" * 33, "x" * 300])
+def test_a_long_name_has_one_spelling(name: str) -> None:
+    """Of the names that begin like a very long one none is written."""
+    start = constraint({"type": "object", "properties": {name: {"type": "null"}}})
+    assert takes(start, json.dumps({name: None})) and not takes(start, json.dumps({name: 1}))
+    assert takes(start, f'{{"{name[:30]}": 1}}') and takes(start, '{"y": 1}')
+    assert takes(start, f'{{"{name}y": 1}}') == (len(name) <= 32)
+    assert not takes(start, f'{{"\\u0078{name[1:]}": 1}}')
+
+
+def test_many_names_are_compiled_soon() -> None:
+    names = [f"{i * 7919 % 1000003:06}{'n' * (i % 17)}" for i in range(300)]
+    start = constraint({"type": "object", "properties": {name: {"type": "null"} for name in names}})
+    assert takes(start, json.dumps({names[7]: None, "other": 1})) and not takes(start, json.dumps({names[7]: 1}))
 
 
 def test_combined_objects_take_each_others_names() -> None:
