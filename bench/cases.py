@@ -41,6 +41,9 @@ PREFIX_COLD = Case("prefix-cold", "first token by HTTP after a system prompt of 
 PREFIX_WARM = Case("prefix-warm", "the same, with what an earlier request left", "ms")
 CHATS_ENGINE = Case("chats-engine", "64 chats of 64 tokens by Engine.generate", "tokens/s", higher=True)
 CHATS_HTTP = Case("chats-http", "the same by HTTP", "tokens/s", higher=True)
+CHATS_PEER = Case(
+    "chats-peer", "the same chats by HTTP from servers of their own, beside llama.cpp's", "tokens/s", higher=True
+)
 
 LONG_PROMPT = Case(
     "long-prompt-p99",
@@ -50,7 +53,16 @@ LONG_PROMPT = Case(
 LONG_PROMPT_FIRST = Case("long-prompt-first", "first token of that prompt beside the streams", "ms")
 SERVING_CASES = {
     c.name: c
-    for c in (HTTP_OVERHEAD, PREFIX_COLD, PREFIX_WARM, CHATS_ENGINE, CHATS_HTTP, LONG_PROMPT, LONG_PROMPT_FIRST)
+    for c in (
+        HTTP_OVERHEAD,
+        PREFIX_COLD,
+        PREFIX_WARM,
+        CHATS_ENGINE,
+        CHATS_HTTP,
+        CHATS_PEER,
+        LONG_PROMPT,
+        LONG_PROMPT_FIRST,
+    )
 }
 
 SOAK = Case("soak", "what a server's memory grew by under hundreds of good and bad clients, nothing leaked", "MiB")

@@ -4,7 +4,8 @@
     python bench/run.py ARTIFACT --suite model                          a model on a GPU (gpu_model.py)
     python bench/run.py MODEL --suite compile --target nvidia-h100      compiling a model (compile_time.py)
     python bench/run.py --suite kernels                                kernels on a GPU (gpu_kernels.py)
-    python bench/run.py ARTIFACT --suite serving                        the server, on a processor (serving.py)
+    python bench/run.py ARTIFACT --suite serving                        the server, on a processor (serving.py); with
+                                                                        --gguf and --peer-python llama.cpp's beside it
 
 Each prints tables and appends one line a figure to a file of bench/results (results_file.py). `--only CASE ...` takes
 some of the cases (cases.py). What fails its check is not timed.
@@ -65,9 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", help="what is timed, where this is no checkout of it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target", default="cuda", help="to compile for")
-    cpu = parser.add_argument_group("the suite cpu")
+    cpu = parser.add_argument_group("the suites cpu and serving")
     cpu.add_argument("--gguf", help="the same model's GGUF file, for llama.cpp")
-    cpu.add_argument("--peer-python", help="a Python that has llama-cpp-python")
+    cpu.add_argument("--peer-python", help="a Python that has llama-cpp-python; in serving with its extra 'server'")
     cpu.add_argument("--threads", type=int, default=2)
     kernels = parser.add_argument_group("the suite kernels")
     kernels.add_argument("--prepare", type=Path, metavar="FILE", help="compile the kernels into FILE; needs no GPU")
@@ -79,6 +80,8 @@ def parse() -> argparse.Namespace:
     unknown = set(args.only or ()) - set(known) if known else ()
     if unknown:
         parser.error(f"no case is named {sorted(unknown)[0]!r}; there are {', '.join(sorted(known or ()))}")
+    if "chats-peer" in (args.only or ()) and not (args.gguf and args.peer_python):
+        parser.error("chats-peer serves the same model by llama.cpp as well: give --gguf and --peer-python")
     return args
 
 

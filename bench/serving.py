@@ -6,11 +6,12 @@ Before anything is timed, answers by HTTP must be the engine's.
 import argparse
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tilewright.runtime.server.service import Service
 
 HERE = Path(__file__).parent
 STREAMS, STEP_S, ANSWER = 100, 0.02, 300
-CHATS, CHAT_ANSWER, CHAT_ROUNDS = 64, 64, 3
+CHATS, CHAT_ANSWER = 64, 64
 SYSTEM_TOKENS = 2000
 WORDS = ["the", "river", "mountain", "compiler", "page", "of", "under", "quick", "slow", "green", "tree", "over"]
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from compile_time import processor
 
     memory.settle()  # as `tilewright serve` does
-    wanted = set(args.only or SERVING_CASES)
+    wanted = set(args.only or (SERVING_CASES if args.peer_python else SERVING_CASES.keys() - {"chats-peer"}))
     results = Results(
         args.results or HERE / "results" / "serving.jsonl",
         SERVING_CASES,
@@ -46,7 +47,12 @@ def run(args: argparse.Namespace) -> None:
     )
     if "http-overhead" in wanted:
         results.add("http-overhead", "tilewright", [http_overhead() for _ in range(args.rounds)])
-    if wanted - {"http-overhead"}:
+    if "chats-peer" in wanted:
+        import serving_peer
+
+        peer = (args.gguf, args.peer_python, args.threads)
+        serving_peer.compare(results, args.artifact, *peer, chat_bodies(), args.rounds, ask)
+    if wanted - {"http-overhead", "chats-peer"}:
         import tilewright
 
         model = tilewright.load(args.artifact, threads=args.threads)
@@ -61,9 +67,11 @@ def run(args: argparse.Namespace) -> None:
             results.add("long-prompt-p99", "tilewright", ratios, **facts)
             results.add("long-prompt-first", "tilewright", first_ms, **facts)
         if wanted & {"chats-engine", "chats-http"}:
-            engine, http = chats(model)
+            engine, http = chats(model, args.rounds)
+            to_engine = round(statistics.median(b / a for a, b in zip(engine, http, strict=True)), 3)
             results.add("chats-engine", "tilewright", engine)
-            results.add("chats-http", "tilewright", http)
+            results.add("chats-http", "tilewright", http, to_engine=to_engine)
+            print(f"{'chats-http':16} {'to engine':12} {to_engine:10.2f} ×", flush=True)
 
 
 # -- what HTTP adds ----------------------------------------------------------------------------------------------------
@@ -116,32 +124,38 @@ def prefix_ms(model: Any, rounds: int) -> tuple[list[float], list[float]]:
     return cold, warm
 
 
-def chats(model: Any) -> tuple[list[float], list[float]]:
-    """Tokens a second of all chats at once: (by the engine, by HTTP)."""
-    messages = [[{"role": "user", "content": f"Write a story about the number {i}."}] for i in range(CHATS)]
+def chats(model: Any, rounds: int) -> tuple[list[float], list[float]]:
+    """Tokens a second of all chats at once: (by the engine, by HTTP), taking turns at being first."""
+    bodies = [body | {"ignore_eos": True} for body in chat_bodies()]
     params = SamplingParams(temperature=0, max_tokens=CHAT_ANSWER, ignore_eos=True)
-    bodies = [
-        {
-            "model": "m",
-            "messages": each,
-            "max_tokens": CHAT_ANSWER,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-        }
-        for each in messages
-    ]
-    engine_rates, http_rates = [], []
-    for _ in range(CHAT_ROUNDS):
+
+    def by_engine() -> tuple[float, list[str]]:
         with Engine(model) as engine:
             begun = time.perf_counter()
-            done = engine.generate(messages, params)
-            engine_rates.append(CHATS * CHAT_ANSWER / (time.perf_counter() - begun))
+            done = engine.generate([body["messages"] for body in bodies], params)
+            return time.perf_counter() - begun, [completion.text for completion in done]
+
+    def by_http() -> tuple[float, list[str]]:
         with serving(Engine(model)) as port:
             figures = ask(port, bodies)
-        assert figures["texts"] == [completion.text for completion in done], "answers by HTTP are not the engine's"
-        http_rates.append(CHATS * CHAT_ANSWER / figures["seconds"])
-    return engine_rates, http_rates
+            return figures["seconds"], figures["texts"]
+
+    ways = [by_engine, by_http]
+    rates: dict[Any, list[float]] = {way: [] for way in ways}
+    expected = by_engine()[1]  # and all of the model's memory has been in use once
+    for _ in range(rounds):
+        for way in ways:
+            seconds, texts = way()
+            assert texts == expected, "answers by HTTP are not the engine's"
+            rates[way].append(CHATS * CHAT_ANSWER / seconds)
+        ways.reverse()
+    return rates[by_engine], rates[by_http]
+
+
+def chat_bodies() -> list[dict[str, Any]]:
+    plain = {"model": "m", "max_tokens": CHAT_ANSWER, "temperature": 0, "stream": True}
+    questions = [f"Write a story about the number {i}." for i in range(CHATS)]
+    return [plain | {"messages": [{"role": "user", "content": question}]} for question in questions]
 
 
 @contextmanager
@@ -161,8 +175,8 @@ def serving(engine: Engine) -> Iterator[int]:
         thread.join()
 
 
-def ask(port: int, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+def ask(port: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The client's figures (serving_client.py)."""
-    asked = json.dumps({"port": port, "bodies": bodies})
+    asked = json.dumps({"port": port, "bodies": list(bodies)})
     client = [sys.executable, str(HERE / "serving_client.py")]
     return json.loads(subprocess.run(client, input=asked, capture_output=True, text=True, check=True).stdout)

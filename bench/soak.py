@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stub", action="store_true", help="serve a stub instead")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--answer", type=int, default=400, help="tokens of the longest answers")
+    parser.add_argument("--answer", type=int, default=200, help="tokens of the longest answers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--most-growth-mib", type=float, default=16)

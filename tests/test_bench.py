@@ -176,3 +176,48 @@ def test_a_steps_time_is_that_of_full_steps() -> None:
     assert (last[0] - first[0]) / (last[1] - first[1]) == pytest.approx(0.01)
     with pytest.raises(SystemExit, match="no 16 steps of 7 streams"):
         full_steps(marks, 7)
+
+
+def test_the_peers_server_needs_the_models_file() -> None:
+    result = bench("a.tw", "--suite", "serving", "--only", "chats-peer", "--peer-python", "python")
+    assert result.returncode == 2 and "give --gguf and --peer-python" in result.stderr
+
+
+def test_a_streams_client_finds_events_and_their_times_in_reads_of_any_size() -> None:
+    from serving_client import Stream, read
+
+    texts = ["a", "\n\n", "ü", "data: ", '"']
+    events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+    events += [{"choices": [{"delta": {"content": text}}]} for text in texts]
+    events.append({"choices": [{"delta": {}}]})
+    lines = [f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode() for event in events] + [b"data: [DONE]\n\n"]
+    whole = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ends = []
+    for line in lines:
+        whole += b"%x\r\n%b\r\n" % (len(line), line)
+        ends.append(len(whole))
+    for size in (1, 7, 100, len(whole)):
+        reads = [(float(min(at + size, len(whole))), whole[at : at + size]) for at in range(0, len(whole), size)]
+        said = read(Stream(None, 0.0, reads))
+        assert said.text == "".join(texts) and said.tokens == len(texts)
+        assert said.times == [min(-(-end // size) * size, len(whole)) for end in ends[1:-2]]
+
+
+def test_a_streams_client_takes_no_broken_answer() -> None:
+    from serving_client import Stream, read
+
+    for answer, words in (
+        (b"HTTP/1.1 503 No\r\n\r\n{}", "refuses"),
+        (b"HTTP/1.1 200 OK\r\n\r\n0\r\n\r\n", "broke off"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            read(Stream(None, 0.0, [(0.0, answer)]))
+
+
+def test_servers_that_say_different_things_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    from serving_peer import check_alike
+
+    check_alike(["Once upon a time", "b"], ["once, upon a mountain", "c"])
+    assert "50%" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0% of the answers alike"):
+        check_alike(["a", "b"], ["c", "d"])
