@@ -238,5 +238,5 @@ def _parsed(text: str) -> Any:
     """JSON's value; None where it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -99,7 +99,7 @@ def parse(line: str, place: str = "") -> Record:
     """The record of a line. Raises UnreadableRecord with the reason where there is none."""
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UnreadableRecord("is no JSON") from None
     if not isinstance(fields, dict) or "version" not in fields:
         raise UnreadableRecord("is no tuning record")

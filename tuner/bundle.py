@@ -102,7 +102,7 @@ def opened(file: Path) -> Iterator[tuple[str, list[Bundled]]]:
                         tar.extract(member, folder)
             contents = json.loads((Path(folder) / _CONTENTS).read_text())
             version = contents["version"]
-        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError):
+        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file} is no bundle of tuning tasks; make one with tilewright tune --export") from None
         if version != VERSION:
             raise UserError(f"{file} has version {version!r}, and this tilewright reads {VERSION}; export it anew")

@@ -53,7 +53,7 @@ def _read(file: Path, max_batch: int, max_tokens: int) -> tuple[Step, ...]:
     example = '[{"decode": 16, "share": 3}, {"prefill": 512, "share": 1}]'
     try:
         steps = [_step(entry, max_batch, max_tokens) for entry in json.loads(file.read_text())]
-    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
         steps = []
     if not steps:
         limits = f"up to {max_batch} sequences and {max_tokens} tokens"

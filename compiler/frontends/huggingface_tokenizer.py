@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({error}); correct it or download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object; correct it or download it again")

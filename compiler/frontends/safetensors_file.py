@@ -52,7 +52,7 @@ def _header(path: Path, size: int) -> tuple[dict, int]:
             raise ModelError(f"{path}: not a whole safetensors file (it has {size} bytes); download it again")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{path}: the table of tensors is not JSON; the file is damaged") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the table of tensors is not a JSON object; the file is damaged")

@@ -52,7 +52,7 @@ def read(device: str) -> Measured | None:
     try:
         fields = json.loads(text)
         version = fields.pop("version")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _refusal(file, "holds no measured figures") from None
     if version != VERSION:
         raise _refusal(file, f"has version {version!r}, and this tilewright reads {VERSION}")

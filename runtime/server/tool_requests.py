@@ -71,7 +71,7 @@ def template_call(identity: str, name: str, arguments: str) -> dict[str, Any]:
     """A call as chat templates take it: with the arguments' value, where they are JSON."""
     try:
         value = json.loads(arguments)
-    except ValueError:  # cut off when it was written
+    except (ValueError, RecursionError):  # cut off when it was written, or nested beyond reason
         value = arguments
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": value}}
 

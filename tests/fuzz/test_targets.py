@@ -53,6 +53,14 @@ def test_every_corpus_has_its_target() -> None:
     assert {folder.name for folder in CORPUS.iterdir()} == set(TARGETS)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_json_that_is_nested_beyond_any_reader(name: str) -> None:
+    """Python's reader raises an error of its own there; atheris stays below such a depth."""
+    deep = b"[" * 100_000
+    for data in (deep, b'{"version": ' + deep, len(deep).to_bytes(8, "little") + deep, b"\0" + deep):
+        TARGETS[name](data)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="atheris has no wheel for Python 3.10")
 @pytest.mark.parametrize("name", ["record", "manifest"])

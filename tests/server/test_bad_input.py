@@ -172,6 +172,17 @@ def test_paths_methods_and_models(server: Running) -> None:
         assert "use fake" in check_refusal(*server.ask("POST", path, body), 404, "model_not_found")["message"]
 
 
+def test_arguments_of_earlier_calls_that_are_nested_beyond_any_reader(server: Running) -> None:
+    """They are the client's text: here one too long for the context, and never a bug."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[" * 5000}}
+    earlier = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "4"},
+    ]
+    body = CHAT | {"messages": [*MESSAGES, *earlier]}
+    check_refusal(*server.ask("POST", "/v1/chat/completions", body), 400, "context_length_exceeded")
+
+
 def test_names_of_fields_are_told_in_one_line_of_bounded_length(server: Running) -> None:
     for name in ("a\nb", "\x00", "\u2028", "x" * 19_000, "é" * 2000):
         error = check_refusal(*server.ask("POST", "/v1/completions", TEXT | {name: 1}), 400, "unknown_parameter")
