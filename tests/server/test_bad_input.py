@@ -172,6 +172,16 @@ def test_paths_methods_and_models(server: Running) -> None:
         assert "use fake" in check_refusal(*server.ask("POST", path, body), 404, "model_not_found")["message"]
 
 
+@pytest.mark.parametrize("name", CHAT_WRONG)
+def test_a_stream_that_is_refused_is_none(server: Running, name: str) -> None:
+    """The refusal comes whole, as it would without a stream, and the connection can be used again."""
+    fields, code, _ = CHAT_WRONG[name]
+    check_refusal(*server.ask("POST", "/v1/chat/completions", CHAT | fields | {"stream": True}), 400, code)
+    impossible = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "string", "const": 1}}}
+    refused = server.ask("POST", "/v1/chat/completions", CHAT | {"stream": True, "response_format": impossible})
+    assert "Unsatisfiable schema" in check_refusal(*refused, 400, "unsupported_grammar")["message"]
+
+
 def test_arguments_of_earlier_calls_that_are_nested_beyond_any_reader(server: Running) -> None:
     """They are the client's text: here one too long for the context, and never a bug."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[" * 5000}}
