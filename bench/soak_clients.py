@@ -19,7 +19,7 @@ from typing import Any
 WORDS = ["the", "river", "mountain", "compiler", "page", "of", "under", "quick", "slow", "green", "tree", "over"]
 PATIENCE_S = 900.0  # a request waits for the others before it, and the server cuts its answer after 600 s
 BUFFER = 4096  # bytes that a slow reader's socket takes
-PAUSE_S = 5.0  # of a reader that is stuck: longer than the server waits for one
+PAUSE_S = 10.0  # of a reader that is stuck: for buffers to fill, and longer than the server waits for it then
 
 
 @dataclass
@@ -81,17 +81,18 @@ class Client:
 
     async def stuck(self) -> None:
         """Does not read for so long that it is cut off, or finds all of it in buffers."""
-        fields = {"logprobs": True, "top_logprobs": 3, "max_tokens": self._answer, "ignore_eos": True}
+        fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": self._answer, "ignore_eos": True}
         with await self._asking(self._chat(**fields), buffer=BUFFER) as connection:
+            said = b""
+            while b'"top_logprobs"' not in said and (piece := await self._loop.sock_recv(connection, 1000)):
+                said += piece  # until its turn has come
             await asyncio.sleep(PAUSE_S)
-            try:
-                said = await self._rest(connection)
-            except ConnectionResetError:
-                said = b""
-        if b"[DONE]" in said:
-            self._check_stream("stuck", said)
-        else:
+            with suppress(ConnectionResetError):
+                said += await self._rest(connection)
+        if _status(said) == "200" and b"[DONE]" not in said:
             self._tally.cut_off += 1
+        else:
+            self._check_stream("stuck", said)
 
     # -- those that leave --
 
