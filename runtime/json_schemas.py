@@ -30,11 +30,21 @@ _CHARACTER = r'[^"\\\x00-\x1f\x7f]'  # one that JSON writes as it is
 
 def narrowed(text: str) -> str:
     """The JSON schema that llguidance gets for this one. GrammarError says what it would not keep to."""
+    return json.dumps(narrowed_schema(_read(text)))
+
+
+def with_open_names(text: str) -> str | None:
+    """The same without the narrowing of objects' names, where the schema has a oneOf; else None. What is narrowed may
+    exclude what it does not as the schema says, so llguidance has to find the options exclusive in this one too."""
+    schema = _read(text)
+    return json.dumps(_narrowed(schema, None)) if any("oneOf" in s for s in _schemas(schema)) else None
+
+
+def _read(text: str) -> Any:
     try:
-        schema = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refused(f"it is no JSON: {error}") from None
-    return json.dumps(narrowed_schema(schema))
 
 
 def narrowed_schema(schema: Any) -> Any:
@@ -48,7 +58,8 @@ def narrowed_schema(schema: Any) -> Any:
     return _narrowed(schema, shared)
 
 
-def _narrowed(schema: Any, shared: Sequence[str]) -> Any:
+def _narrowed(schema: Any, shared: Sequence[str] | None) -> Any:
+    """shared: names that all objects list; None leaves the names of objects open."""
     if isinstance(schema, list):
         return [_narrowed(item, shared) for item in schema]
     if not isinstance(schema, dict):
@@ -62,10 +73,10 @@ def _narrowed(schema: Any, shared: Sequence[str]) -> Any:
     _check_least_properties(inner)
     if "$ref" in inner and "$id" in inner:
         raise _refused("$id beside $ref, which drafts of the standard read differently")
-    return _with_pattern(inner, shared)
+    return inner if shared is None else _with_pattern(inner, shared)
 
 
-def _inner(key: str, value: Any, shared: Sequence[str]) -> Any:
+def _inner(key: str, value: Any, shared: Sequence[str] | None) -> Any:
     """What stands under a keyword. Names of properties are no keywords."""
     if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
         return {name: _narrowed(each, shared) for name, each in value.items()}

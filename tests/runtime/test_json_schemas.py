@@ -150,6 +150,15 @@ def _ordered(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner[name] for name in PLAIN["properties"] if name in inner}
 
 
+def test_options_exclude_each_other_by_the_schema_and_not_by_its_narrowing() -> None:
+    closed = {"type": "object", "patternProperties": {"^x+$": {}}, "additionalProperties": False}
+    constraint({"oneOf": [{"const": {"a": [2]}}, closed]})
+    with pytest.raises(GrammarError, match="oneOf"):
+        constraint({"oneOf": [{"const": {"a": [2]}}, {**closed, "additionalProperties": True}]})
+    kinds = [{"properties": {"kind": {"const": kind}}, "required": ["kind"], "type": "object"} for kind in "ab"]
+    assert takes(constraint({"oneOf": kinds}), '{"kind": "b"}')
+
+
 # ---- the public test suite -------------------------------------------------------------------------------------------
 
 QUICK = [f"draft2020-12/{name}.json" for name in ("additionalProperties", "allOf", "patternProperties", "required")]
