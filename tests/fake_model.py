@@ -98,18 +98,19 @@ def fake_artifact(path: Path, **changes: Any) -> Artifact:
     (path / sealed.COSTS).write_text(
         '{"step_1": {"floor": {"bytes_fixed": 98000000, "bytes_per_row": 500000, "flops_per_row": 270000000}}}'
     )
+    limits = {"max_batch": 4, "max_tokens": 32, "max_context": 256, "page_size": 16} | changes.get("limits", {})
     fields: dict[str, Any] = {
         "name": "alphabet",
         "target": {"name": "cpu", "kind": "cpu", "arch": "x86_64", "features": ["avx2"]},
         "model": {"family": "llama", "hidden": 576, "qk_norm": False, "tied": True, "vocab": VOCAB, "window": None},
-        "limits": {"max_batch": 4, "max_tokens": 32, "max_context": 256, "page_size": 16},
+        "limits": limits,
         "kv": {"layers": 30, "kv_heads": 3, "head_dim": 64, "page_size": 16, "dtype": "float16", "k_transposed": True},
         "step": {
             "inputs": [],
             "top_logprobs": TOP,
             "buckets": [
                 {"function": "step_1", "tokens": 1, "static": True},
-                {"function": "step", "tokens": 32, "static": False},
+                {"function": "step", "tokens": limits["max_tokens"], "static": False},
             ],
         },
         "params": (),

@@ -13,7 +13,7 @@ import tilewright
 from tests.checkpoints import make_checkpoint
 from tests.reference import ReferenceModel
 from tests.tolerances import assert_close
-from tilewright.compiler.artifact import PARAMS, Artifact, Manifest, seal
+from tilewright.compiler.artifact import LIBRARY, PARAMS, Artifact, Manifest, seal
 from tilewright.compiler.errors import CompileError
 from tilewright.compiler.frontends import load_checkpoint
 from tilewright.compiler.numpy_evaluator import evaluate
@@ -89,6 +89,7 @@ def test_a_sealed_manifest_reads_back(artifact, tmp_path):
     """What `seal` writes is what `open` reads."""
     (tmp_path / PARAMS).parent.mkdir(parents=True)
     (tmp_path / PARAMS).write_bytes(b"x" * 100)
+    (tmp_path / LIBRARY).write_bytes(b"x" * 10)
     written = seal(tmp_path, dataclasses.replace(artifact.manifest, files={}))
     assert isinstance(written, Manifest)
     assert Artifact.open(tmp_path).manifest == written
