@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tilewright.compiler.errors import GrammarError
-from tilewright.runtime.json_schemas import narrowed, with_open_names
+from tilewright.runtime.json_schemas import narrowed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -55,8 +55,13 @@ class Grammars:
 
     def constraint(self, grammar: Grammar) -> "Constraint":
         """GrammarError says why a grammar is not understood, or not supported."""
-        matchers = [self._matching(grammar, text) for text in self._texts(grammar)]
-        constraint = Constraint(matchers[-1], self._vocab_size, self._ends)
+        try:
+            matcher = self._matcher(self._tokenizer, self._compiled(grammar), log_level=0)
+        except ValueError as error:
+            raise _unsupported(grammar, str(error)) from None
+        if matcher.is_error():
+            raise _unsupported(grammar, matcher.get_error())
+        constraint = Constraint(matcher, self._vocab_size, self._ends)
         self._try(constraint, grammar)
         return constraint
 
@@ -70,29 +75,13 @@ class Grammars:
                 raise _unsupported(grammar, trial.error)
             trial.accept(int(np.argmax(allowed)))
 
-    def _matching(self, grammar: Grammar, text: str) -> "LLMatcher":
-        try:
-            matcher = self._matcher(self._tokenizer, self._compiled(grammar.kind, text), log_level=0)
-        except ValueError as error:
-            raise _unsupported(grammar, str(error)) from None
-        if matcher.is_error():
-            raise _unsupported(grammar, matcher.get_error())
-        return matcher
-
-    def _texts(self, grammar: Grammar) -> list[str]:
-        """What llguidance has to understand; the last one is followed."""
-        if grammar.kind != "json_schema":
-            return [grammar.text]
-        followed, opened = narrowed(grammar.text), with_open_names(grammar.text)
-        return [followed] if opened is None else [opened, followed]
-
-    def _compiled(self, kind: str, text: str) -> str:
-        if kind == "regex":
-            return self._matcher.grammar_from_regex(text)
-        if kind == "lark":
-            return self._matcher.grammar_from_lark(text)
+    def _compiled(self, grammar: Grammar) -> str:
+        if grammar.kind == "regex":
+            return self._matcher.grammar_from_regex(grammar.text)
+        if grammar.kind == "lark":
+            return self._matcher.grammar_from_lark(grammar.text)
         overrides: Any = SPACING
-        return self._matcher.grammar_from_json_schema(text, overrides=overrides)
+        return self._matcher.grammar_from_json_schema(narrowed(grammar.text), overrides=overrides)
 
 
 def _unsupported(grammar: Grammar, reason: str) -> GrammarError:

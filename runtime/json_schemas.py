@@ -30,21 +30,11 @@ _CHARACTER = r'[^"\\\x00-\x1f\x7f]'  # one that JSON writes as it is
 
 def narrowed(text: str) -> str:
     """The JSON schema that llguidance gets for this one. GrammarError says what it would not keep to."""
-    return json.dumps(narrowed_schema(_read(text)))
-
-
-def with_open_names(text: str) -> str | None:
-    """The same without the narrowing of objects' names, where the schema has a oneOf; else None. What is narrowed may
-    exclude what it does not as the schema says, so llguidance has to find the options exclusive in this one too."""
-    schema = _read(text)
-    return json.dumps(_narrowed(schema, None)) if any("oneOf" in s for s in _schemas(schema)) else None
-
-
-def _read(text: str) -> Any:
     try:
-        return json.loads(text)
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refused(f"it is no JSON: {error}") from None
+    return json.dumps(narrowed_schema(schema))
 
 
 def narrowed_schema(schema: Any) -> Any:
@@ -55,7 +45,20 @@ def narrowed_schema(schema: Any) -> Any:
         shared = list(dict.fromkeys(name for s in objects for name in _names(s)))
         if len(shared) * len(objects) > MAX_LISTED:
             raise _refused(f"{len(objects)} objects with {len(shared)} names are too many to be combined")
+    if any("oneOf" in s for s in _schemas(schema)):
+        _check_options(_narrowed(schema, None))
     return _narrowed(schema, shared)
+
+
+def _check_options(schema: Any) -> None:
+    """Options that are narrowed may exclude each other where the schema's do not, so llguidance has to find those of a
+    oneOf exclusive with the names of objects left open too."""
+    import llguidance
+
+    matcher = llguidance.LLMatcher
+    wrong = matcher.validate_grammar(matcher.grammar_from_json_schema(json.dumps(schema)))
+    if wrong:
+        raise _refused(" ".join(wrong.split())[:500])
 
 
 def _narrowed(schema: Any, shared: Sequence[str] | None) -> Any:

@@ -157,6 +157,10 @@ def test_options_exclude_each_other_by_the_schema_and_not_by_its_narrowing() -> 
         constraint({"oneOf": [{"const": {"a": [2]}}, {**closed, "additionalProperties": True}]})
     kinds = [{"properties": {"kind": {"const": kind}}, "required": ["kind"], "type": "object"} for kind in "ab"]
     assert takes(constraint({"oneOf": kinds}), '{"kind": "b"}')
+    with pytest.raises(GrammarError, match="oneOf"):  # as a function's parameters have it
+        narrowed_schema(
+            {"properties": {"x": {"oneOf": [{"const": {"a": [2]}}, {**closed, "additionalProperties": True}]}}}
+        )
 
 
 # ---- the public test suite -------------------------------------------------------------------------------------------
