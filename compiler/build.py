@@ -56,10 +56,10 @@ def compile(
     dump: a directory for the IR after every pass. logs: a directory of tuning records, by default that of the
     installation. Raises UserError for whatever the caller can mend.
     """
-    options = compile_options(target, weights, quant, max_batch, max_tokens, page_size, strict, pooling)
-    options = replace(options, dump=Path(dump) if dump else None, logs=Path(logs) if logs else None)
     with without_torch():
         import tvm  # noqa: F401  first here, so that no later import brings torch along
+    options = compile_options(target, weights, quant, max_batch, max_tokens, page_size, strict, pooling)
+    options = replace(options, dump=Path(dump) if dump else None, logs=Path(logs) if logs else None)
     report = progress or (lambda _: None)
     checkpoint = read_checkpoint(model, options, report)
     path = Path(output) if output else Path(f"{Path(checkpoint.name).name}.tw")  # a hub id is org/name

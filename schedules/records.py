@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+@cache  # a compile asks for the same facts and tiles again and again
 def text_of(value: Any) -> str:
     """Facts, or a tile, as canonical text: equal values of one class give equal text."""
     return canonical({"is": type(value).__name__, **dataclasses.asdict(value)})

@@ -94,7 +94,7 @@ class Linear(Schedule):
         faster than the others, which a chain of one kernel alone does not show."""
         spec = facts.spec
         few = few_tiles(spec, facts.rows)
-        return few or tuple(tiles(spec.out_features, spec.in_features, facts.rows, target, parts_of(spec)))
+        return few or tiles(spec.out_features, spec.in_features, facts.rows, target, parts_of(spec))
 
     def floor(self, facts: LinearFacts, target: Target) -> Floor:
         spec = facts.spec

@@ -5,6 +5,7 @@ The model is a roofline of one wave after another. Tuning records replace its ch
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from tilewright.compiler.targets.base import Target
 from tilewright.schedules.cuda.tma import ATOM_BYTES, ROW, ROW_BYTES
@@ -92,10 +93,12 @@ class LinearTile:
         return ring + self.overread_bytes + 4 * self.bands * STAGING_TOKENS * STAGING_PITCH * 2 + BARRIER_BYTES
 
 
-def tiles(rows: int, depth: int, m_max: int, target: Target, parts: int = 1) -> Iterator[LinearTile]:
+@cache
+def tiles(rows: int, depth: int, m_max: int, target: Target, parts: int = 1) -> tuple[LinearTile, ...]:
     """Valid tiles for a weight [rows, depth] and up to m_max tokens, the likely best first. parts: of a sum over K."""
     found = [t for t in dict.fromkeys(_candidates(rows, depth, m_max, target)) if parts == 1 or t.holds_parts]
-    yield from sorted(found, key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
+    found.sort(key=lambda t: (_seconds(t, rows, depth, m_max, target), *_preference(t, rows, m_max)))
+    return tuple(found)
 
 
 def _preference(tile: LinearTile, rows: int, m_max: int) -> tuple[int, int, int]:
