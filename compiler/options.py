@@ -37,7 +37,7 @@ _GRAPHS = (
 
 DEFAULTS = {
     "cpu": Defaults(16, 512, "float32", "float32", True, (1,)),
-    "cuda": Defaults(256, 2048, "bfloat16", "bfloat16", False, _GRAPHS),
+    "cuda": Defaults(1024, 2048, "bfloat16", "bfloat16", False, _GRAPHS),
 }
 
 

@@ -7,7 +7,7 @@ sequence has behind it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tilewright.compiler.errors import UserError
@@ -15,6 +15,11 @@ from tilewright.compiler.errors import UserError
 CONTEXT = 1024  # tokens behind a decoding sequence
 _BATCHES = (1, 4, 16, 64, 256)
 _PROMPTS = (128, 512, 2048)
+# What a busy engine's steps are like: batches of all sizes, as requests come and go, and steps of which every other
+# token is a prompt's.
+_BUSY_BATCHES = (*(1, 4, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256), *(320, 384, 448, 512, 640, 768, 896, 1024))
+_BUSY_STEPS = (320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+_SHARES = {"decode": 16, "prefill": 1, "both": 4}  # in mixed
 NAMES = ("decode", "prefill", "mixed")
 
 
@@ -30,17 +35,26 @@ class Step:
 
 
 def named(name: str, max_batch: int, max_tokens: int) -> tuple[Step, ...]:
-    """decode: batches of 1, 4, 16 ... equally often. prefill: prompts of 128, 512, 2048. mixed: both, sixteen decode
-    steps to a prompt. All up to what a step may hold, which is a step of its own. Raises UserError for another name
-    that is no file either."""
-    batches, prompts = _up_to(max_batch, _BATCHES), _up_to(max_tokens, _PROMPTS)
-    decode = [Step(n, n, True, 1 / len(batches)) for n in batches]
-    prefill = [Step(n, 1, False, 1 / len(prompts)) for n in prompts]
-    if name == "mixed":
-        return (*(Step(s.tokens, s.sequences, True, 16 * s.share) for s in decode), *prefill)
-    if name in NAMES:
-        return tuple(decode if name == "decode" else prefill)
-    return _read(Path(name), max_batch, max_tokens)
+    """decode: batches of 1, 4, 16 ... equally often. prefill: prompts of 128, 512, 2048. mixed: batches of more sizes,
+    the prompts, and steps of both, in shares of 16, 1 and 4. All up to what a step may hold, which is a step of its
+    own. Raises UserError for another name that is no file either."""
+    if name not in NAMES:
+        return _read(Path(name), max_batch, max_tokens)
+    decodes = [Step(n, n, True, 1.0) for n in _up_to(max_batch, _BUSY_BATCHES if name == "mixed" else _BATCHES)]
+    prompts = [Step(n, 1, False, 1.0) for n in _up_to(max_tokens, _PROMPTS)]
+    both = [Step(n, min(n // 2, max_batch), False, 1.0) for n in _BUSY_STEPS if n <= max_tokens]
+    if name != "mixed":
+        return _shared(decodes if name == "decode" else prompts, 1)
+    return (
+        *_shared(decodes, _SHARES["decode"]),
+        *_shared(prompts, _SHARES["prefill"]),
+        *_shared(both, _SHARES["both"]),
+    )
+
+
+def _shared(steps: Sequence[Step], share: float) -> tuple[Step, ...]:
+    """The steps equally often, `share` in all."""
+    return tuple(replace(step, share=share / len(steps)) for step in steps)
 
 
 def _up_to(most: int, sizes: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from tilewright.schedules.cuda.linear_tile import LinearTile, tiles
 from tilewright.schedules.cuda.rms_norm import WARP_FEATURES, NormFacts, RMSNorm, norm_kernel
 
 # Tokens up to each of which a linear has tiles of its own; above the last, tiles are as good as they get.
-_BOUNDS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
+_BOUNDS = (*(8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256), *(320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ fit before it waits for that one. Blocks are persistent and load the next tile's
 A sum over K, or a part of one (`parts_of`), is one chain of wgmma steps of 16 in increasing K, and parts are added up
 in order, whatever the tile: the same bits for any tokens beside.
 
+Rows of x behind the last token are not loaded: TMA takes as long for what it fills with zeros as for values, and
+longer. The last tile of tokens begins early enough to be full, and does not store what the one before it has; where all
+tokens are fewer than a load has rows, the load is as short. Loads begin at a multiple of 8 rows, as the swizzle does.
+
 A band of fewer than 64 rows is multiplied as 64: what lies behind it in shared memory gives rows that are not stored.
 With a gate, rows are loaded in groups of 8, a group of gate and a group of up by turns, so that a thread holds both
 halves of what it activates.
@@ -47,11 +51,9 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
     early = min(stages, steps)
     sum_parts = parts_of(spec)
     part_steps = steps // sum_parts
-    stage_bytes = (rows + tokens) * depth * 2
     halves = tile.halves
     pieces = 2 if halves else 1  # that the tokens of a tile are loaded in
     slice_rows = tokens // cluster // pieces
-    narrow_bytes = (rows + tokens // pieces) * depth * 2
     mask = (1 << cluster) - 1 if cluster > 1 else 0
     policy = EVICT_FIRST if tile.weights_once else 0
     x_policy = EVICT_LAST if tile.weights_once else 0
@@ -95,7 +97,7 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         x, w, bias, residual, y = match_arguments(spec, m, x_ptr, w_ptr, b_ptr, r_ptr, y_ptr)
         x_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
         w_map: T.let[T.handle("tensormap").ty] = T.tvm_stack_alloca("tensormap", 1)
-        tensor_map(x_map, x.data, spec.dtype, (k, m), (k * 2,), (ROW, slice_rows))
+        tensor_map(x_map, x.data, spec.dtype, (k, m), (k * 2,), (ROW, T.cast(T.min(m, slice_rows), "int64")))
         if gated:
             tensor_map(
                 w_map,
@@ -132,15 +134,19 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         # Whether the tiles of the last turn are cut in halves.
         cut: T.let = T.And(T.bool(halves), rest * 2 <= clusters)
         mine: T.let = whole_turns + T.cast(block // cluster < T.Select(cut, rest * 2, rest), "int32")
+        filled: T.let = T.truncdiv(m + 7, 8) * 8
+        load_bytes: T.let = T.min(m, slice_rows) * (depth * 2)
         at = T.alloc_local([1], "int32")
         deep = T.alloc_local([1], "int32")
         row0 = T.alloc_local([1], "int32")
         token0 = T.alloc_local([1], "int32")
+        own0 = T.alloc_local([1], "int32")  # the first token that the tile stores
+        ahead0 = T.alloc_local([1], "int32")  # rows from the first token to those that the block loads, or loads second
         narrow = T.alloc_local([1], "int32")  # whether the tile is a half
 
         @T.inline
         def place(turn):
-            """row0, token0 of the block's tile of a turn: up to `group` blocks of tokens share weights in the cache."""
+            """Where the block's tile of a turn is: up to `group` blocks of tokens share weights in the cache."""
             at[0] = block // cluster + turn * clusters
             if halves:
                 narrow[0] = T.cast(T.And(cut, turn == whole_turns), "int32")
@@ -153,6 +159,13 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
             row0[0] = (row0[0] * cluster + rank) * rows
             if halves:
                 token0[0] = token0[0] + narrow[0] * (block % 2) * (tokens // 2)
+                own0[0] = token0[0]
+                token0[0] = T.min(token0[0], T.max(filled - T.Select(narrow[0] > 0, tokens // 2, tokens), 0))
+                ahead0[0] = T.min(slice_rows, T.max(filled - slice_rows, 0) - token0[0])
+            else:
+                own0[0] = token0[0]
+                token0[0] = T.min(token0[0], T.max(filled - tokens, 0))
+                ahead0[0] = T.min(rank * slice_rows, T.max(filled - slice_rows, 0) - token0[0])
 
         @T.inline
         def load_weights(stage, step):
@@ -178,9 +191,9 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         def load_tokens(stage, step):
             for c in T.unroll(chunks):
                 load_tile(
-                    x_ring.ptr_to([(stage * chunks + c) * tokens + rank * slice_rows, 0]),
+                    x_ring.ptr_to([(stage * chunks + c) * tokens + (0 if halves else ahead0[0]), 0]),
                     x_map,
-                    (step * depth + c * ROW, token0[0] + rank * slice_rows),
+                    (step * depth + c * ROW, token0[0] + (0 if halves else ahead0[0])),
                     full.ptr_to([stage]),
                     x_policy,
                     mask,
@@ -188,9 +201,9 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                 if halves:
                     if narrow[0] == 0:
                         load_tile(
-                            x_ring.ptr_to([(stage * chunks + c) * tokens + slice_rows, 0]),
+                            x_ring.ptr_to([(stage * chunks + c) * tokens + ahead0[0], 0]),
                             x_map,
-                            (step * depth + c * ROW, token0[0] + slice_rows),
+                            (step * depth + c * ROW, token0[0] + ahead0[0]),
                             full.ptr_to([stage]),
                             x_policy,
                             mask,
@@ -200,9 +213,9 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
         def expect(stage):
             """The bytes of a stage are on their way."""
             if halves:
-                full.arrive(stage, tx_count=T.Select(narrow[0] > 0, narrow_bytes, stage_bytes))
+                full.arrive(stage, tx_count=rows * depth * 2 + load_bytes * T.Select(narrow[0] > 0, 1, 2))
             else:
-                full.arrive(stage, tx_count=stage_bytes)
+                full.arrive(stage, tx_count=rows * depth * 2 + load_bytes * cluster)
 
         if thread >= consumers:
             if wide:
@@ -339,14 +352,19 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
                                 for c in T.unroll(2):
                                     token: T.let = token0[0] + j * 8 + lane % 4 * 2 + c
                                     out: T.let = first_out + i * 8 + lane // 4
-                                    if T.And(T.And(token < m, out < outs), holds(narrow, j * 8)):
+                                    if T.And(
+                                        T.And(T.And(token >= own0[0], token < m), out < outs), holds(narrow, j * 8)
+                                    ):
                                         y[token, out] = value(acc, total, constant, before, j, i, c)
                     else:
                         for chunk in T.unroll(tokens // span):
                             if T.And(token0[0] + chunk * span < m, holds(narrow, chunk * span)):
                                 store_token: T.let = token0[0] + chunk * span + lane // parts
                                 store_out: T.let = first_out + lane % parts * 8
-                                stored: T.let = T.And(T.And(lane < span * parts, store_token < m), store_out < outs)
+                                stored: T.let = T.And(
+                                    T.And(lane < span * parts, store_out < outs),
+                                    T.And(store_token >= own0[0], store_token < m),
+                                )
                                 matrix: T.let = lane // 8 % matrices
                                 matrix_token: T.let = matrix // parts * 8 + lane % 8
                                 if spec.residual:

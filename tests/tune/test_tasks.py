@@ -86,9 +86,11 @@ def test_a_gpu_has_a_task_for_each_number_of_rows_that_is_told_apart(tmp_path: P
     """Of a model that is nothing but its configuration."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     options = Options(RECORDS["nvidia-h100"], weights="random:0", max_batch=64, max_tokens=512)
-    found = plan(str(tmp_path), options, "mixed", lambda _: None)
+    workload = tmp_path / "steps.json"
+    workload.write_text(json.dumps([*({"decode": n} for n in (1, 4, 16, 64)), {"prefill": 128}, {"prefill": 512}]))
+    found = plan(str(tmp_path), options, str(workload), lambda _: None)
     rows = {task.rows for task in found.tasks if task.schedule.name == "linear"}
-    assert rows == {8, 16, 64, 128, 512}  # steps of 1, 4, 16, 64 sequences, prompts of 128 and 512 tokens
+    assert rows == {8, 16, 64, 128, 512}
     assert {task.schedule.name for task in found.tasks} > {"linear", "paged_attention", "angles"}
     assert not any(task.why_not for task in (*found.tasks, *found.skipped))
     assert {task.rows for task in found.skipped if task.schedule.name == "linear"} > {32, 96, 384}
@@ -107,8 +109,14 @@ def test_weights_go_by_times_where_they_are_known(module: tvm.IRModule) -> None:
 def test_named_workloads_fit_the_steps() -> None:
     assert [s.tokens for s in named("decode", 48, 512)] == [1, 4, 16, 48]
     assert [(s.tokens, s.sequences) for s in named("prefill", 4, 512)] == [(128, 1), (512, 1)]
-    mixed = named("mixed", 4, 512)
-    assert sum(s.share for s in mixed if s.decode) == 16 * sum(s.share for s in mixed if not s.decode)
+    mixed = named("mixed", 100, 512)
+    both = [s for s in mixed if s.sequences > 1 and not s.decode]
+    assert [(s.tokens, s.sequences) for s in both] == [(320, 100), (384, 100), (448, 100), (512, 100)]
+    assert [s.tokens for s in mixed if s.decode] == [1, 4, 16, 32, 48, 64, 96, 100]
+    assert [s.tokens for s in mixed if s.sequences == 1 and not s.decode] == [128, 512]
+    assert sum(s.share for s in both) == pytest.approx(4)
+    assert sum(s.share for s in mixed if s.decode) == pytest.approx(16)
+    assert sum(s.share for s in mixed) == pytest.approx(21)
 
 
 def test_a_workload_from_a_file(tmp_path: Path) -> None:
