@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -124,6 +124,7 @@ class EngineCore:
         self._landed_s = -math.inf  # the last step
         self._flights: deque[Flight] = deque()
         self._inbox: deque[tuple[str, Request]] = deque()
+        self._timed: list[Request] = []  # those with a deadline
         self._door = threading.Lock()  # nobody slips in while the core dies
 
     # -- from any thread --
@@ -201,15 +202,19 @@ class EngineCore:
             if kind == "cancel":
                 self._finish(request, "cancelled")
             elif not request.finished:
+                if request.params.deadline_s is not None:
+                    self._timed.append(request)
                 if request.embeds:
                     insort(self.embedder.waiting, request.samples[0], key=_rank)
                     request.decide()
                 else:
                     self._take_in(request)
-        now_s = self.clock()
-        for request in self._requests():
-            if request.deadline_s <= now_s:
-                self._finish(request, "deadline")
+        if self._timed:
+            self._timed = [request for request in self._timed if not request.finished]
+            now_s = self.clock()
+            for request in self._timed:
+                if request.deadline_s <= now_s:
+                    self._finish(request, "deadline")
         self.told()
 
     def _take_in(self, request: Request) -> None:
@@ -350,6 +355,7 @@ class EngineCore:
             self.costs.observe(flight.work, now_s - max(flight.launched_s, self._landed_s))
         self._landed_s = now_s
         tokens, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
+        answered: Counter[str] = Counter()
         for row, (sample, place) in enumerate(zip(flight.rows, flight.places, strict=True)):
             if sample.output.completion:  # it ended while the step ran
                 continue
@@ -360,8 +366,10 @@ class EngineCore:
             if event.completion:
                 self._retire(sample)
             _tell(sample.request, event)
-            self.stats.drawn += 1
-            self._counters.answer(sample.tenant, 1)
+            answered[sample.request.tenant] += 1
+        for tenant, count in answered.items():
+            self._counters.answer(tenant, count)
+        self.stats.drawn += answered.total()
         self.told()
 
     def _part(self, leader: Sample) -> None:

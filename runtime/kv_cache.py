@@ -58,10 +58,10 @@ class PagePool:
         Returns the (source, destination) of the page copy that must run before the step, if a shared page is written.
         """
         pages, copy = table.pages, None
-        grown = pages_for(stored + tokens, self.page_size) - len(pages)
         shared = stored % self.page_size != 0 and self.refcounts[pages[-1]] > 1
-        if not grown and not shared:
+        if not shared and stored + tokens <= len(pages) * self.page_size:
             return None
+        grown = pages_for(stored + tokens, self.page_size) - len(pages)
         if shared:
             copy = (pages[-1], self._take())
             self.refcounts[copy[0]] -= 1
@@ -158,6 +158,9 @@ class PageLedger:
 
     def extend(self, table: PageTable, stored: int, tokens: int) -> bool:
         """Books the extension if it fits; says whether it did."""
+        pages, page_size = table.pages, self.page_size
+        if stored % page_size and stored + tokens <= len(pages) * page_size and self._count(pages[-1]) == 1:
+            return True  # as most decodes do
         need = self.need(table, stored, tokens)
         if need > self.free:
             return False
