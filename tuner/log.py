@@ -1,14 +1,14 @@
 """The records of one device, as a sweep adds to them.
 
 Each record rewrites its file aside and renames it, so that the file is whole and sorted at any moment: a kill loses at
-most the candidate that is running. Lines that are no records are kept as they are, at the end.
+most the candidate that is running, and what it leaves aside goes with the next record. Lines that are no records are
+kept as they are, at the end.
 """
 
 import contextlib
 import fcntl
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,17 +72,17 @@ class Log:
         lines = [*(record.line() for record in self._records[schedule]), *self._others.get(schedule, ())]
         with _writable(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(prefix=f".{schedule}.", dir=self._folder)
+            aside = self._folder / f".{schedule}.new"
             try:
-                with open(handle, "w") as stream:
+                aside.unlink(missing_ok=True)
+                with open(aside, "x") as stream:
                     stream.write("".join(f"{line}\n" for line in lines))
                     stream.flush()
                     os.fsync(stream.fileno())
                 os.chmod(aside, 0o644)
                 os.replace(aside, self._folder / f"{schedule}.jsonl")
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(aside)
+                aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
