@@ -20,10 +20,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tilewright compile $(MODEL) -o $(MODEL).tw
 	$(BIN)/tilewright generate $(MODEL).tw --prompt "$(PROMPT)" --temperature 0
 
-# All that needs no GPU: file by file on every core, then what measures time.
+# All that needs no GPU: file by file on every core, then what measures time, from the files that say so.
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not gpu and not alone and not slow" -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest -m "alone and not gpu"
+	$(BIN)/pytest -m "alone and not gpu" $$(grep -rl 'mark\.alone' tests --include='test_*.py')
 
 # The same checks over more shapes: for a change of the kernels that they are about.
 test-slow: $(VENV)/.dev

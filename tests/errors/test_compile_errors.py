@@ -195,12 +195,12 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, code):
     assert [p.name for p in path.iterdir()] == [sealed.MANIFEST]
 
 
-def test_a_file_that_can_grow_no_further(tmp_path):
+def test_a_file_that_can_grow_no_further(checkpoint, tmp_path):
     """The system's own refusal, in the middle of the weights."""
-    model = make_checkpoint(tmp_path / "model", "llama", vocab_size=30_000)
-    limit = 4 << 20
+    limit = 500_000
+    assert (checkpoint / "model.safetensors").stat().st_size > limit
     process = start(
-        str(model), "-o", str(tmp_path / "out" / "x.tw"), *SIZES,
+        str(checkpoint), "-o", str(tmp_path / "out" / "x.tw"), *SIZES,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     out, err = process.communicate(timeout=120)

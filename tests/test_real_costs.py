@@ -1,4 +1,4 @@
-"""What compiling the real model costs, in fresh processes on two cores: cold, then with the kernels it left."""
+"""What the real model costs, in fresh processes on two cores: compiled cold, then with the kernels it left; served."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.processes import client, serving
 from tests.test_artifact import files
 from tilewright.compiler import env
 
@@ -79,3 +80,17 @@ def test_both_give_the_same_bytes(cold: Run, warm: Run) -> None:
     expected, actual = files(cold.output), files(warm.output)
     assert set(actual) == set(expected)
     assert [name for name in expected if actual[name] != expected[name]] == []
+
+
+def test_a_server_that_was_killed_serves_again_within_three_seconds(cold: Run) -> None:
+    """kill -9 leaves no lock and no file behind that the next process would wait for."""
+    arguments = (f"small={cold.output}", "--threads", str(CORES))
+    question = {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    with serving(*arguments, program=("-m", "tilewright")) as first, client(first) as ask:
+        ask.chat.completions.create(**question)
+        first.kill()
+        first.wait(10)
+    begun = time.perf_counter()
+    with serving(*arguments, program=("-m", "tilewright")) as second, client(second) as ask:
+        ask.chat.completions.create(**question)
+        assert time.perf_counter() - begun < 3
