@@ -1,8 +1,12 @@
 """Tiny random checkpoints of every family, written by transformers, whose model is the reference for ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -189,13 +193,25 @@ def load_gguf_reference(path: Path) -> transformers.PreTrainedModel:
     """The GGUF file `path`, dequantised to float32 by transformers. (Its from_pretrained would ask for accelerate.)"""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    with _read_once():
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     return model.eval()
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a whole GGUF file for its configuration and again for its weights, and lists all names of an
+    architecture's tensors for each of its modules."""
+    with (
+        mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 def logits_of(model: transformers.PreTrainedModel, tokens: list[int]) -> Any:

@@ -20,15 +20,17 @@ REAL_MODEL = "smollm2-135m"
 
 LONGEST = (
     "test_real_weights.py",
+    "test_soak.py",
     "test_cuda_artifact.py",
-    "test_attention_decode.py",
-    "test_attention_prefill.py",
-    "test_linear_block.py",
-    "test_compiled_parity.py",
-    "test_compile_errors.py",
-    "test_artifact.py",
-    "test_apply_schedules.py",
     "test_end_to_end_cli.py",
+    "test_compiled_parity.py",
+    "test_artifact.py",
+    "test_linear_block.py",
+    "test_parity.py",
+    "test_apply_schedules.py",
+    "test_linear_mma.py",
+    "test_operators.py",
+    "test_killed_sweep.py",
 )
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; tested programs would inherit it
@@ -64,6 +66,17 @@ def _no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests compile with default tiles, whatever was measured on the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(env.TUNING_LOGS, str(tmp_path_factory.mktemp("tuning_logs")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cores() -> Iterator[None]:
+    """A model computes with this worker's share of the cores: threads that wait for each other on cores that another
+    worker keeps busy take many times as long."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    with pytest.MonkeyPatch.context() as patch:
+        if workers > 1 and env.THREADS not in os.environ:
+            patch.setenv(env.THREADS, str(max(1, len(os.sched_getaffinity(0)) // workers)))
         yield
 
 

@@ -24,9 +24,10 @@ TOKENS = [5, 99, 3, 42, 7]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of 4-bit blocks, plain vectors, and a vocabulary that leaves a block of rows part empty."""
+    """Weights of blocks that are stored in another format, plain vectors, and a vocabulary that leaves a block of rows
+    part empty."""
     sizes = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    return make_gguf(tmp_path_factory.mktemp("model"), "llama", "Q4_1", **sizes)
+    return make_gguf(tmp_path_factory.mktemp("model"), "llama", "Q5_1", **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def test_the_manifest_describes_the_model(path: Path) -> None:
     assert (kv["layers"], kv["kv_heads"], kv["head_dim"], kv["page_size"]) == (2, 1, 64, 16)
     assert manifest.memory["page_bytes"] == 2 * 2 * 1 * 16 * 64 * np.dtype(kv["dtype"]).itemsize
     assert manifest.memory["weights_bytes"] == sum(p.bytes for p in manifest.params)
-    assert {p.format for p in manifest.params} == {"q4_1", "f32"}
+    assert {p.format for p in manifest.params} == {"q8_0", "f32"}
+    assert manifest.warnings == ("15 tensors of q5_1 become q8_0",)
 
 
 def test_the_manifest_lists_every_file_with_its_checksum(path: Path) -> None:

@@ -1,6 +1,5 @@
 """SmolLM2 with its real weights: as true as float32 allows, and the same answer however it is served."""
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +63,7 @@ def texts(smollm2_float: Path, reference: Any) -> list[Text]:
     with Engine(model) as engine:
         params = SamplingParams(temperature=0, max_tokens=GREEDY_STEPS, ignore_eos=True)
         answers = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
-    with _all_cores():
+    with _torch_threads(model.threads):
         expected = [_followers(reference, p, a) for p, a in zip(prompts, answers, strict=True)]
     return [Text(*parts) for parts in zip(prompts, answers, expected, strict=True)]
 
@@ -75,10 +74,10 @@ def _followers(reference: Any, prompt: list[int], answer: list[int]) -> list[int
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
-    """For torch, which tests keep to one thread."""
+def _torch_threads(count: int) -> Iterator[None]:
+    """More than the one that tests keep torch to."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(count)
     try:
         yield
     finally:

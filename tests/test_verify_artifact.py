@@ -9,7 +9,6 @@ import tvm
 from tvm import relax
 from tvm.script import relax as R
 
-import tilewright
 from tests.checkpoints import make_checkpoint
 from tests.reference import ReferenceModel
 from tests.tolerances import assert_close
@@ -27,8 +26,8 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifact(source, tmp_path_factory) -> Artifact:
-    return tilewright.compile(source, output=tmp_path_factory.mktemp("verify") / "gemma3.tw")
+def artifact(source, compile_tiny) -> Artifact:
+    return Artifact.open(compile_tiny(source))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])

@@ -25,7 +25,7 @@ from tilewright.compiler import env
 from tilewright.compiler.codegen import kernels, program
 from tilewright.compiler.errors import ArtifactError, CompileError
 
-SIZES = ("--target", "cpu", "--max-batch", "2", "--max-tokens", "16")
+SIZES = ("--target", "cpu", "--max-batch", "4", "--max-tokens", "64")  # those of compile_tiny, whose kernels are cached
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ CLOSE_US = min(truth(TASK, tile) for tile in TASK.space) / 0.97
 
 
 def trials(make: Callable[[int], Search]) -> float:
-    return mean(len(run(TASK, make(seed), CLOSE_US)) for seed in range(8))
+    return mean(len(run(TASK, make(seed), CLOSE_US)) for seed in range(5))
 
 
 @pytest.mark.parametrize("make", [RandomSearch, lambda: ModelSearch()], ids=["random", "model"])
