@@ -13,9 +13,9 @@ row's position get weight zero; those past every position of the piece are not t
 Work is dealt by cost: tiles of tokens are laid end to end, each as long as keys x heads, and every thread takes one
 equal stretch. A stretch may begin at any head, which balances a single decoding sequence and a causal triangle alike.
 
-Decoding waits for memory: the pages of a step exceed every cache. While a thread works on a block it therefore asks for
-the block it reads next, be that of the same piece, the next head or the next sequence; the requests lie between the
-multiplications, as a burst of them would hold up the loads behind it.
+Decoding waits for memory, and so do short chunks of prompts: the pages of a step exceed every cache. While a thread
+works on a block it therefore asks for the block it reads next, be that of the same piece, the next head or the next
+sequence; the requests lie between the multiplications, as a burst of them would hold up the loads behind it.
 """
 
 from collections.abc import Callable, Sequence
@@ -268,7 +268,7 @@ class _Builder:
 
     def _piece(self, piece: _Piece) -> None:
         self._start(piece)
-        size, span, few = self.tile.block_keys, piece.span, T.bind(piece.rows <= self.group)
+        size, span = self.tile.block_keys, piece.span
         with T.serial(0, (span.last_key - span.first_key) // size + 1) as i:
             key = settled(span.first_key + i * size)
             keys = settled(T.min(T.int32(size), span.last_key - key + 1))
@@ -278,12 +278,10 @@ class _Builder:
             keys_ahead = settled(T.min(T.int32(size), ahead.last_key - ahead.first_key + 1))
             with T.serial(0, _pairs(keys)) as pair:
                 self._row_blocks(piece.rows, partial(self._scores, pair=pair))
-            with T.If(few), T.Then():
-                self._fetch_keys(_pairs(keys), _pairs(keys_ahead), self.vectors)
+            self._fetch_keys(_pairs(keys), _pairs(keys_ahead), self.vectors)
             self._softmax(piece, key)
             self._row_blocks(piece.rows, partial(self._values, keys=keys))
-            with T.If(few), T.Then():
-                self._fetch_values(keys, keys_ahead, self.vectors)
+            self._fetch_values(keys, keys_ahead, self.vectors)
         self._finish(piece)
 
     def _ahead(self, span: _Span, following: _Span, key: Expr) -> _Span:
@@ -361,9 +359,8 @@ class _Builder:
         starts = [T.bind(self.key_start[pair * 2 + u]) for u in range(2)]
         ahead = [T.bind(self.key_start[self.vectors + pair * 2 + u]) for u in range(2)]
         with T.serial(0, self.dim // self.line_dims) as step:
-            if count <= self.group:
-                for start in ahead:
-                    prefetch(self.pages, start + step * (self.line_dims * self.kv.page_size))
+            for start in ahead:
+                prefetch(self.pages, start + step * (self.line_dims * self.kv.page_size))
             for i in range(self.line_dims):
                 d = step * self.line_dims + i
                 keys = [self._page_vector(start + d * self.kv.page_size) for start in starts]
@@ -445,9 +442,8 @@ class _Builder:
             start = T.bind(self.value_start[run] + dim)
             ahead = T.bind(self.value_start[self.vectors + run] + dim)
             with T.serial(0, T.min(keys - run * LANES, T.int32(LANES))) as j:
-                if count <= self.group:
-                    for offset in offsets[:: self.line // LANES]:
-                        prefetch(self.pages, ahead + j * self.dim + offset)
+                for offset in offsets[:: self.line // LANES]:
+                    prefetch(self.pages, ahead + j * self.dim + offset)
                 values = [self._page_vector(start + j * self.dim + offset, lanes) for offset, lanes in parts]
                 for r in range(count):
                     weight = self.scores[row + r, run * LANES + j]
