@@ -290,12 +290,14 @@ class Swap(Protocol):
 @dataclass(frozen=True)
 class Work:
     """What a step computes, as far as its time depends on it. decodes: generated tokens, and keys that they attend to.
-    prompt_tokens, and pairs of such a token and a key that it attends to. As if no layer had a window."""
+    prompt_tokens, pairs of such a token and a key that it attends to, and prompt_keys, each once for all tokens of its
+    prompt in the step. As if no layer had a window."""
 
     decodes: int
     keys: int = 0
     prompt_tokens: int = 0
     pairs: int = 0
+    prompt_keys: int = 0
 
     @staticmethod
     def of(batch: StepBatch) -> "Work":
@@ -304,12 +306,13 @@ class Work:
         if not prompts.any():
             return Work(*generated)
         pairs = tokens * kv_len - tokens * (tokens - 1) // 2
-        return Work(*generated, int(tokens[prompts].sum()), int(pairs[prompts].sum()))
+        return Work(*generated, *(int(of[prompts].sum()) for of in (tokens, pairs, kv_len)))
 
     def with_prompt(self, stored: int, tokens: int) -> "Work":
         """This, and `tokens` more of a prompt of which `stored` tokens are in the cache."""
         pairs = tokens * stored + tokens * (tokens + 1) // 2
-        return Work(self.decodes, self.keys, self.prompt_tokens + tokens, self.pairs + pairs)
+        keys = self.prompt_keys + stored + tokens
+        return Work(self.decodes, self.keys, self.prompt_tokens + tokens, self.pairs + pairs, keys)
 
 
 class Costs(Protocol):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Of EngineLimits.max_stretch. Below 2 leaves room for what predictions miss, so that the 99th percentile between tokens
 # at most doubles: on a virtual clock it does, and bench/long_prompt.py measures it. Off on GPUs unless asked for.
-CPU_STRETCH = 1.75
+CPU_STRETCH = 1.6
 
 _NAMED = re.compile(r"([^=/\\]{1,256})=(.+)")  # NAME=MODEL
 

@@ -56,7 +56,7 @@ def command(
         float | None,
         typer.Option(
             min=0,
-            help="Prompts make steps of running streams at most so many times longer; 0: no limit. By default 1.75 on "
+            help="Prompts make steps of running streams at most so many times longer; 0: no limit. By default 1.6 on "
             "a CPU and 0 on a GPU.",
         ),
     ] = None,

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from tests.runtime.fake import LIMITS, Bench, LinearCosts, completions
+from tests.runtime.scheduler.test_fcfs import Line
 from tilewright.compiler.errors import RequestError
+from tilewright.runtime.kv_cache import PagePool
+from tilewright.runtime.scheduler.policy import Budget, View
+from tilewright.runtime.scheduler.room import PromptRoom
 from tilewright.runtime.step_costs import StepCosts
 from tilewright.runtime.types import EngineLimits, SamplingParams, Work
 
@@ -57,6 +61,40 @@ def test_a_long_prompt_stretches_steps_by_no_more_than_the_stated_budget(learnt:
     assert len(beside) < 600, "the budget is used"
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_prompts_get_the_budget_and_no_more_while_streams_grow(warm: bool, seed: int) -> None:
+    """Keys are what steps wait for: a stream's once, a prompt's once for all of its tokens in the step. The streams
+    grow with each step and never decode without the prompt, so that its steps must tell what they would take alone."""
+    rng, costs, budget = np.random.default_rng(seed), StepCosts(), Budget(16, 512, 512, max_stretch=1.6)
+
+    def true_s(work: Work) -> float:
+        prompt_s = bool(work.prompt_tokens) * 1.5e-3 + 6e-4 * work.prompt_tokens + 7e-7 * work.pairs
+        return 6e-3 + 1.2e-6 * (work.keys + work.prompt_keys) + prompt_s
+
+    def observe(work: Work) -> None:
+        costs.observe(work, true_s(work) * rng.lognormal(0, 0.05))
+
+    if warm:
+        for chunk in range(8):
+            observe(Work(0).with_prompt(512 * chunk, 512))
+    lengths = range(20, 10_000)
+    for length in lengths[:200]:
+        observe(Work(4, 4 * length))
+    stretches, stored = [], 0
+    for length in lengths[200:]:
+        view: View = View([], [], PagePool(1, 16).ledger(), budget, now_s=0.0, costs=costs)
+        room, alone = PromptRoom(view, [Line(0, length)] * 4), Work(4, 4 * length)
+        stored += (tokens := room.offer(stored, 4096 - stored))
+        work = alone.with_prompt(stored - tokens, tokens)
+        stretches.append(true_s(work) / true_s(alone))
+        observe(work)
+        if stored == 4096:
+            break
+    assert np.percentile(stretches, 99) < 2
+    assert np.median(stretches) > 1.4 and len(stretches) < 3000, "the budget is used: one token a step would be 4096"
+
+
 def test_a_prompt_moves_on_where_one_token_is_above_the_budget() -> None:
     bench = Bench(LONG, EngineLimits(max_stretch=1.01))
     stream = bench.submit([1] * 8, STREAM)
@@ -91,6 +129,17 @@ def test_costs_are_learnt_from_steps() -> None:
     for work in (Work(5, 800), Work(5, 800).with_prompt(1000, 40), Work(2, 99).with_prompt(3000, 12)):
         assert costs.step_s(work) == pytest.approx(true_s(work), rel=0.1)
         assert 0.7 * true_s(work) < costs.least_s(work) < true_s(work)
+
+
+def test_steps_with_many_more_tokens_than_ran_are_not_known() -> None:
+    costs = StepCosts()
+    for tokens in (1, 3):
+        costs.observe(Work(2, 40).with_prompt(100, tokens), 1e-2)
+    assert costs.step_s(Work(2, 40).with_prompt(100, 6)) is not None
+    assert costs.step_s(Work(2, 40).with_prompt(100, 7)) is None and costs.least_s(Work(0).with_prompt(0, 7)) == 0
+    for _ in range(200):
+        costs.observe(Work(2, 40).with_prompt(100, 1), 1e-2)
+    assert costs.step_s(Work(2, 40).with_prompt(100, 3)) is None, "it was too long ago"
 
 
 def test_a_floor_is_the_least_until_steps_were_measured() -> None:
