@@ -62,6 +62,8 @@ class Envelope:
             # What has begun can't be taken back; the connection ends without its last chunk, which tells the client.
             logging.getLogger("tilewright.server").exception("a bug", extra={"fields": {"id": identity}})
             if status != 499:
+                if call is not None:
+                    call.notes["failed"] = "bug"
                 raise
             answer = as_api_error(bug)
             await JSONResponse(answer.body, answer.status)(scope, receive, sealed)

@@ -13,6 +13,7 @@ from tilewright.runtime.request import Request
 from tilewright.runtime.server.answers import FinishReason, StopReason, Usage
 from tilewright.runtime.server.conversation import Conversation
 from tilewright.runtime.server.envelope import Call
+from tilewright.runtime.server.errors import ApiError
 from tilewright.runtime.server.served import Served
 from tilewright.runtime.server.service import Service
 from tilewright.runtime.types import Completion, EngineError, SamplingParams, StreamEvent
@@ -87,6 +88,10 @@ class Generation:
         await self.listen(keep)
         return [found[choice] for choice in range(self.choices)]
 
+    def note_failure(self, failure: ApiError) -> None:
+        """For an answer whose status said before that all is well."""
+        self._call.notes["failed"] = failure.code
+
     def reasons(self, choice: int, completion: Completion) -> tuple[FinishReason, StopReason | None]:
         """OpenAI's reason for the end of a choice, and ours where it has no word for it."""
         place, index = divmod(choice, len(self.requests[0].samples))
@@ -135,14 +140,13 @@ class Generation:
             self._last_s[choice] = now_s
         if (completion := event.completion) is not None:
             reason, more = self.reasons(choice, completion)
-            self._call.notes.setdefault("finish_reasons", []).append(more or reason)
+            ended = more or ("cancelled" if completion.finish_reason == "cancelled" else reason)
+            self._call.notes.setdefault("finish_reasons", []).append(ended)
             metrics, name = self._service.metrics, self.served.name
             metrics.whole.labels(name).observe(now_s - self._submitted_s)
             if completion.embedding is None:
                 metrics.answer.labels(name).observe(len(completion.token_ids))
-            metrics.ended.labels(
-                name, more or ("cancelled" if completion.finish_reason == "cancelled" else reason)
-            ).inc()
+            metrics.ended.labels(name, ended).inc()
             if completion.timings.queue_ms is not None:
                 metrics.queue.labels(name).observe(completion.timings.queue_ms / 1e3)
 

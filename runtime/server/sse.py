@@ -72,7 +72,9 @@ class EventStreamResponse:
             try:
                 await self._generation.listen(lambda choice, event: write(answer.grow(choice, event)))
             except EngineError as error:
-                outlet.write(_event(as_api_error(error).body))
+                failure = as_api_error(error)
+                self._generation.note_failure(failure)
+                outlet.write(_event(failure.body))
             else:
                 write(answer.end())
                 if not self._named:

@@ -60,8 +60,9 @@ class Tracer:
         parent = self._parents.extract({"traceparent": traceparent}) if traceparent else None
         name = operation if model is None else f"{operation} {model}"
         span = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes, start_time=begun_ns)
-        if status >= 500 or "failed" in notes:
-            span.set_attribute("error.type", notes.get("failed", str(status)))
+        error = _error(status, notes)
+        if error is not None:
+            span.set_attribute("error.type", error)
             span.set_status(StatusCode.ERROR)
         span.end(ended_ns)
 
@@ -70,6 +71,15 @@ class Tracer:
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_EXPORT_S)
+
+
+def _error(status: int, notes: Mapping[str, Any]) -> str | None:
+    """What kept an answer from its end. One that had begun has status 200 all the same."""
+    if "failed" in notes:
+        return str(notes["failed"])
+    if notes.get("disconnected"):
+        return "disconnected"
+    return str(status) if status >= 500 else None
 
 
 def otlp_tracer(endpoint: str) -> Tracer:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.server.serving import running
+from tests.server.serving import receive_until, running, wait_until
 from tilewright.compiler.errors import UserError
 from tilewright.runtime.server.tracing import Tracer, otlp_tracer
 
@@ -38,6 +38,31 @@ def test_a_span_a_request_under_the_clients() -> None:
     assert bad.parent is None and bad.attributes["http.response.status_code"] == 400 and bad.status.is_unset
     assert dead.attributes["error.type"] == "503" and not dead.status.is_ok
     assert "secret" not in "".join(span.to_json() for span in (good, bad, dead))
+
+
+def test_a_stream_that_breaks_after_its_status_is_an_error() -> None:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    spans = InMemorySpanExporter()
+    with running(tracer=Tracer(spans, batch=False)) as server:
+        server.chat(stream=True)
+        server.model.step_s = 0.01
+        left = server.open_stream()
+        receive_until(left, b'"delta":{"content"')
+        left.close()
+        wait_until(lambda: len(spans.get_finished_spans()) == 2)
+        broken = server.open_stream()
+        server.model.broken = True
+        assert b'"code":"engine_dead"' in receive_until(broken, b"}}\n\n\r\n0\r\n\r\n")
+        wait_until(lambda: len(spans.get_finished_spans()) == 3)
+    whole, left_span, broken_span = spans.get_finished_spans()
+    assert whole.status.is_unset and "error.type" not in whole.attributes
+    for span, error in ((left_span, "disconnected"), (broken_span, "engine_dead")):
+        assert span.attributes["http.response.status_code"] == 200
+        assert span.attributes["error.type"] == error and span.status.status_code.name == "ERROR"
+    assert left_span.attributes["gen_ai.response.finish_reasons"] == ("cancelled",)
+    assert 0 < left_span.attributes["gen_ai.usage.output_tokens"] < 400
+    assert "gen_ai.response.finish_reasons" not in broken_span.attributes, "it has not finished"
 
 
 def test_a_collector_that_is_gone_delays_nobody() -> None:
