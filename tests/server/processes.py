@@ -46,11 +46,11 @@ def serving(*arguments: str, program: tuple[str, ...] = STAND_IN, **variables: s
 class Supervised:
     """`tilewright serve` at one port, started again whenever it ends, as systemd would."""
 
-    def __init__(self, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+    def __init__(self, arguments: tuple[str, ...], program: tuple[str, ...], variables: dict[str, str]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.starts = 0
-        self._command = [sys.executable, *STAND_IN, "serve", *arguments, "--port", str(self.port)]
+        self._command = [sys.executable, *program, "serve", *arguments, "--port", str(self.port)]
         self._environment = _environment(variables)
         self._ending = threading.Event()
         self._process = self._start()
@@ -84,8 +84,8 @@ class Supervised:
 
 
 @contextmanager
-def supervised(*arguments: str, **variables: str) -> Iterator[Supervised]:
-    server = Supervised(arguments, variables)
+def supervised(*arguments: str, program: tuple[str, ...] = STAND_IN, **variables: str) -> Iterator[Supervised]:
+    server = Supervised(arguments, program, variables)
     try:
         yield server
     finally:
