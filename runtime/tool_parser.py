@@ -151,18 +151,20 @@ class CallParser:
     def _whole(self, end: int) -> list[Piece]:
         """A call whose object ends there."""
         call = _parsed(self._held[:end])
-        if not isinstance(call, dict) or call.get("name") not in self._names:
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return self._refuse()
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):  # JSON within JSON
             arguments = _parsed(arguments)
-        if not isinstance(arguments, dict):
+        written = _written(arguments)
+        if written is None:
             return self._refuse()
         self._held = self._held[end:]
         self.calls += 1
         self._called()
         index = self.calls - 1
-        return [Called(index, call["name"]), Argued(index, json.dumps(arguments, ensure_ascii=False))]
+        return [Called(index, name), Argued(index, written)]
 
     def _arguments(self) -> list[Piece] | None:
         if not self._held:
@@ -240,3 +242,15 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _written(value: Any) -> str | None:
+    """An object as JSON, and as Unicode: half of a surrogate pair stays escaped. None where it is no object, or holds a
+    number that JSON has not."""
+    if not isinstance(value, dict):
+        return None
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return text.encode(errors="backslashreplace").decode()

@@ -171,6 +171,8 @@ def _vocabulary(file: GGUFFile) -> int:
     table = file.tensors.get("token_embd.weight")
     if table is None:
         raise ModelError(f"{file.path}: weight 'token_embd.weight' is missing; the file is incomplete")
+    if len(table.shape) != 2:
+        raise ModelError(f"{file.path}: weight 'token_embd.weight' has {len(table.shape)} dimensions instead of 2")
     return table.shape[0]
 
 

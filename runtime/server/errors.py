@@ -45,8 +45,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, _line(message), code
-        self.param = None if param is None else _line(param)
+        self.status, self.message, self.code = status, one_line(message), code
+        self.param = None if param is None else one_line(param)
         self.headers = headers
 
     @property
@@ -55,7 +55,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text that may hold a client's words, such as the name of a field, as one line of bounded length."""
     text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tilewright.compiler.errors import UserError
 from tilewright.runtime.server.buckets import Bucket
-from tilewright.runtime.server.errors import ApiError, too_many
+from tilewright.runtime.server.errors import ApiError, one_line, too_many
 from tilewright.runtime.server.requests import Body, Count
 
 LEAST_KEY_LENGTH = 16
@@ -127,7 +127,7 @@ def read_keys(path: Path) -> list[Key]:
         raise UserError(f"the key file {path} can't be read ({error.strerror}); check --api-keys") from None
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = one_line(".".join(str(part) for part in first["loc"]))
         raise UserError(
             f"the key file {path} is wrong at {place or 'its beginning'}: {first['msg']}; mend it"
         ) from None

@@ -23,7 +23,7 @@ from tilewright.runtime.server.keys import read_keys
 from tilewright.runtime.server.requests import Body, CompletionRequest, EmbeddingRequest
 from tilewright.runtime.server.response_requests import ResponseRequest
 from tilewright.runtime.tokenizer import Tokenizer
-from tilewright.runtime.tool_parser import Argued, CallParser, Piece, Said
+from tilewright.runtime.tool_parser import Argued, Called, CallParser, Piece, Said
 from tilewright.runtime.tools import tool_form
 from tilewright.schedules.records import UnreadableRecord, parse
 from tilewright.traffic.arrivals import read_trace
@@ -97,6 +97,7 @@ def _read(parser: CallParser, pieces: list[str]) -> tuple[str, dict[int, str]]:
     for piece in said:
         if isinstance(piece, Argued):
             arguments[piece.index] = arguments.get(piece.index, "") + piece.text
+        (piece.name if isinstance(piece, Called) else piece.text).encode()
     return "".join(piece.text for piece in said if isinstance(piece, Said)), arguments
 
 

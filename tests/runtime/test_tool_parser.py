@@ -43,6 +43,8 @@ def read(form: ToolForm, pieces: list[str], **options: bool) -> tuple[str, list[
     return text, calls
 
 
+NO_NUMBER = '{"x": 1, "name": "put", "parameters": {"a": NaN}}'
+TOO_LARGE = '{"x": 1, "name": "put", "parameters": {"a": 1e999}}'
 CASES = {
     "text": (HERMES, "a < b, <tool> and\n", ("a < b, <tool> and\n", [])),
     "one": (HERMES, tagged(GET), ("", [("get", ARGUED)])),
@@ -62,6 +64,10 @@ CASES = {
         tagged('{"name": "rm", "arguments": {}}', PUT),
         (tagged('{"name": "rm", "arguments": {}}'), [("put", {})]),
     ),
+    "name_is_no_text": (LLAMA, '{"name": {"a": 1}}', ('{"name": {"a": 1}}', [])),
+    "half_a_pair": (LLAMA, '{"x": 1, "name": "put", "parameters": {"a": "\\ud83d"}}', ("", [("put", {"a": "\ud83d"})])),
+    "no_number": (LLAMA, NO_NUMBER, (NO_NUMBER, [])),
+    "too_large": (LLAMA, TOO_LARGE, (TOO_LARGE, [])),
     "llama": (LLAMA, ' {"name": "put", "parameters": {"x": 1}}', ("", [("put", {"x": 1})])),
     "llama_two": (LLAMA, PUT + "; " + PUT, ("", [("put", {}), ("put", {})])),
     "llama_text": (LLAMA, f"see {PUT}", (f"see {PUT}", [])),
@@ -82,6 +88,7 @@ def test_calls_in_pieces_of_any_size(name: str, cuts: list[int]) -> None:
     said, found = read(form, [answer[i:j] for i, j in itertools.pairwise(ends)])
     assert (said, [(n, json.loads(a)) for n, a in found]) == (text, calls)
     assert (said, found) == read(form, list(answer)) == read(form, [answer])
+    "".join([said, *(a for _, a in found)]).encode()
 
 
 def test_arguments_come_before_the_call_has_ended() -> None:

@@ -146,6 +146,7 @@ def test_a_bucket_fills_and_owes() -> None:
         (json.dumps([{"name": "a b", "sha256": "0" * 64}]), "0.name"),
         (json.dumps([{"name": "a", "sha256": "0" * 63}]), "0.sha256"),
         (json.dumps([{"name": "a", "sha256": "0" * 64, "tokens": 4}]), "0.tokens"),
+        (json.dumps([{"name": "a", "sha256": "0" * 64, "to\nkens": 4}]), "0.to kens"),
         (json.dumps([{"name": "a", "sha256": "0" * 64, "requests_per_minute": 0}]), "0.requests_per_minute"),
         (json.dumps([{"name": n, "sha256": "0" * 64} for n in "ab"]), "has sha256"),
         (json.dumps([{"name": "a", "sha256": d * 64} for d in "01"]), "has name a twice"),
