@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # One way to space JSON: where any number of blanks is allowed, a small model may write blanks to the end.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# llguidance would write down all bytes that have to come: without end where a pattern swallows what follows, /a+/ "a".
+UNFORCED = '\n%llguidance {"no_forcing": true}\n'
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -79,7 +82,7 @@ class Grammars:
         if grammar.kind == "regex":
             return self._matcher.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":
-            return self._matcher.grammar_from_lark(grammar.text)
+            return self._matcher.grammar_from_lark(grammar.text + UNFORCED)
         overrides: Any = SPACING
         return self._matcher.grammar_from_json_schema(narrowed(grammar.text), overrides=overrides)
 

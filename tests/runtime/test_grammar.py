@@ -127,6 +127,12 @@ def test_an_answer_whose_grammar_has_no_end_there_is_cut_off() -> None:
     assert (done.finish_reason, done.text) == ("stop", '"a"')
 
 
+@pytest.mark.parametrize("options", ["", '%llguidance {"no_forcing": false}\n'])
+def test_a_pattern_that_swallows_what_follows_goes_on_and_on(options: str) -> None:
+    done = say(Grammar("lark", options + 'start: "b" /a+/ "a"'), max_tokens=20)
+    assert done.finish_reason == "length" and done.text.startswith("ba") and set(done.text) == {"a", "b"}
+
+
 def test_an_answer_that_is_cut_off_is_a_beginning() -> None:
     done = say(Grammar("regex", "(abc){30}"), max_tokens=5)
     assert done.finish_reason == "length" and ("abc" * 30).startswith(done.text)
