@@ -55,21 +55,19 @@ from tilewright.schedules.cpu.isa import (
 MASKED = -1e30  # below every real score, and finite
 NO_KEY_YET = -5e29  # the maximum of a row that has seen no key: far above MASKED, so that masked keys weigh zero
 PAIR = 2 * LANES
+BLOCK_KEYS = 64  # between two rescalings: the bits depend on it, so that no tile chooses it
 LINE_BYTES = 64
 MAX_ROWS = 12  # 12 rows x 2 vectors of accumulators leave 8 of 32 registers for operands
 
 
 @dataclass(frozen=True)
 class Tile:
-    """block_keys: keys between two rescalings. rows: register block. tokens: queries of a sequence that go together."""
+    """rows: register block. tokens: queries of a sequence that go together."""
 
-    block_keys: int
     rows: int
     tokens: int
 
     def __post_init__(self) -> None:
-        if self.block_keys % PAIR or self.block_keys <= 0:
-            raise ValueError(f"block_keys {self.block_keys} is not a multiple of {PAIR}")
         if not 1 <= self.rows <= MAX_ROWS:
             raise ValueError(f"rows {self.rows} is not within 1..{MAX_ROWS}, the accumulators that fit in registers")
         if self.tokens < 1:
@@ -103,7 +101,7 @@ class PagedAttention(Schedule):
     def space(self, facts: Facts, target: Target) -> Sequence[Tile]:
         group = facts.spec.attention.heads // facts.spec.attention.kv_heads
         rows = _register_rows(group)
-        return [Tile(block, rows, max(1, factor * rows // group)) for block, factor in ((64, 2), (128, 2), (64, 4))]
+        return [Tile(rows, max(1, factor * rows // group)) for factor in (2, 4)]
 
     def floor(self, facts: Facts, target: Target) -> Floor:
         """A row's queries and outputs; its keys depend on the position, which no shape tells."""
@@ -155,7 +153,7 @@ class _Builder:
         self.dim = spec.attention.head_dim
         self.group = spec.attention.heads // spec.attention.kv_heads
         self.max_rows = tile.tokens * self.group
-        self.vectors = tile.block_keys // LANES
+        self.vectors = BLOCK_KEYS // LANES
         self.block_rows = sorted({tile.rows, min(self.group, tile.rows), 1}, reverse=True)
         # Elements of a cache line, and dimensions whose runs of 16 keys share one (head sizes are multiples of 8).
         self.line = LINE_BYTES // np.dtype(spec.kv.dtype).itemsize
@@ -165,9 +163,7 @@ class _Builder:
         with kernel(name) as built:
             self._arguments()
             window = self.attention.window
-            tiles = deal_tiles(
-                self.positions, self.indptr, self.b, self.m, window, self.tile.tokens, self.tile.block_keys
-            )
+            tiles = deal_tiles(self.positions, self.indptr, self.b, self.m, window, self.tile.tokens, BLOCK_KEYS)
             self._zero_from(T.cast(self.indptr[self.b], "int64"))
             threads = T.bind(T.call_packed("runtime.NumThreads"))
             with T.parallel(0, threads) as thread:
@@ -202,7 +198,7 @@ class _Builder:
         """Per thread, sized by the tile alone: no context grows it."""
         rows, padded = self.max_rows, -(-self.dim // LANES) * LANES
         self.queries = T.alloc_buffer((rows, self.dim), "float32")
-        self.scores = T.alloc_buffer((rows, self.tile.block_keys), "float32")
+        self.scores = T.alloc_buffer((rows, BLOCK_KEYS), "float32")
         self.values = T.alloc_buffer((rows, padded), "float32")
         self.sums = T.alloc_buffer((rows, LANES), "float32")
         self.maxima = T.alloc_buffer((rows,), "float32")
@@ -260,7 +256,7 @@ class _Builder:
         inside, none = T.bind(kv_head + 1 < kv_end), T.bind(later == j)
         span = self._span(tiles, settled(T.Select(inside, j, later)), kv_head)
         head = T.Select(inside, kv_head + 1, T.Select(none, kv_head, 0))
-        size = self.tile.block_keys
+        size = BLOCK_KEYS
         first = T.Select(T.Or(inside, T.Not(none)), span.first_key, span.last_key // size * size)
         return _Span(span.first_page, settled(head), settled(first), span.last_key)
 
@@ -268,7 +264,7 @@ class _Builder:
 
     def _piece(self, piece: _Piece) -> None:
         self._start(piece)
-        size, span = self.tile.block_keys, piece.span
+        size, span = BLOCK_KEYS, piece.span
         with T.serial(0, (span.last_key - span.first_key) // size + 1) as i:
             key = settled(span.first_key + i * size)
             keys = settled(T.min(T.int32(size), span.last_key - key + 1))
@@ -286,7 +282,7 @@ class _Builder:
 
     def _ahead(self, span: _Span, following: _Span, key: Expr) -> _Span:
         """From where the block after the one at `key` is read."""
-        later = key + self.tile.block_keys
+        later = key + BLOCK_KEYS
         inside = T.bind(later <= span.last_key)
 
         def choose(here: Expr, there: Expr) -> Expr:
@@ -378,7 +374,7 @@ class _Builder:
         """Scores become weights. Masks cost a quarter of it, so blocks that every row sees whole go without."""
         with T.serial(0, piece.rows) as row:
             position = T.bind(self.row_position[row])
-            whole = key + (self.tile.block_keys - 1) <= position
+            whole = key + (BLOCK_KEYS - 1) <= position
             if self.attention.window is not None:
                 whole = T.And(whole, key > position - self.attention.window)
             with T.If(whole):
