@@ -172,7 +172,8 @@ def _vocabulary(file: GGUFFile) -> int:
     if table is None:
         raise ModelError(f"{file.path}: weight 'token_embd.weight' is missing; the file is incomplete")
     if len(table.shape) != 2:
-        raise ModelError(f"{file.path}: weight 'token_embd.weight' has {len(table.shape)} dimensions instead of 2")
+        dimensions = f"{len(table.shape)} dimensions instead of 2"
+        raise ModelError(f"{file.path}: weight 'token_embd.weight' has {dimensions}; the file is damaged")
     return table.shape[0]
 
 

@@ -159,13 +159,10 @@ def linear_kernel(spec: LinearSpec, tile: LinearTile, target: Target) -> Any:
             row0[0] = (row0[0] * cluster + rank) * rows
             if halves:
                 token0[0] = token0[0] + narrow[0] * (block % 2) * (tokens // 2)
-                own0[0] = token0[0]
-                token0[0] = T.min(token0[0], T.max(filled - T.Select(narrow[0] > 0, tokens // 2, tokens), 0))
-                ahead0[0] = T.min(slice_rows, T.max(filled - slice_rows, 0) - token0[0])
-            else:
-                own0[0] = token0[0]
-                token0[0] = T.min(token0[0], T.max(filled - tokens, 0))
-                ahead0[0] = T.min(rank * slice_rows, T.max(filled - slice_rows, 0) - token0[0])
+            own0[0] = token0[0]
+            extent: T.let = T.Select(narrow[0] > 0, tokens // 2, tokens) if halves else tokens
+            token0[0] = T.min(token0[0], T.max(filled - extent, 0))
+            ahead0[0] = T.min(slice_rows if halves else rank * slice_rows, T.max(filled - slice_rows, 0) - token0[0])
 
         @T.inline
         def load_weights(stage, step):
